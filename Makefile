@@ -1,0 +1,63 @@
+# make demo       set up, build real image–text shards, train on two ranks, evaluate, show
+# make test       set up, run the checks and the everyday tests
+# make test-all   the same with the long tests
+# make check      ruff, pyright, import-linter
+# make dist       wheel and sdist in dist/
+# make clean      remove the environment and everything built
+
+PYTHON ?= python3
+# On a machine with another CUDA version choose torch here: make test TORCH="torch==2.11.0"
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+RANKS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test test-all check dist clean
+.DELETE_ON_ERROR:
+
+# torch first and by version: an unpinned requirement would fetch the newest CUDA build.
+$(VENV)/.torch: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastclip needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77,<82" wheel
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt
+	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo]"
+	@touch $@
+
+# open_clip, timm and torchvision are peers in the parity tests. torchvision's dependencies would
+# replace a CPU build of torch, so the three come without theirs.
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo,dev]"
+	$(PIP) --constraint constraints.txt --no-deps open_clip_torch timm torchvision
+	@touch $@
+
+demo: $(VENV)/.train
+	$(BIN)/python -m fastclip data demo $(DEMO)/data
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS) --module \
+		fastclip train demo --data $(DEMO)/data run.device=cpu run.directory=$(DEMO)/run
+	$(BIN)/python -m fastclip show $(DEMO)/run
+
+test: check
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+test-all: check
+	$(BIN)/python -m pytest --durations=30
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(DEMO)
