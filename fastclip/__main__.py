@@ -1,0 +1,5 @@
+"""``python -m fastclip``, ``torchrun -m fastclip`` and ``deepspeed --module fastclip``."""
+
+from fastclip.cli import main
+
+raise SystemExit(main())

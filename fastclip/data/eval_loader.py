@@ -1,0 +1,100 @@
+"""Evaluation batches: every sample once, in order, the centre of each image."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastclip.data.batch import Batch
+from fastclip.data.decode import BadSampleError
+from fastclip.data.index import ShardIndex
+from fastclip.data.reader import BadSamples, Members, evaluation_pixels
+from fastclip.tokenizer import Tokenizer
+
+logger = logging.getLogger("fastclip")
+
+
+def eval_batches(
+    index: ShardIndex,
+    *,
+    image_size: int,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    caption_key: str | None = "txt",
+) -> Iterator[Batch]:
+    """This rank's share of the samples, once.
+
+    Every rank gives the same number of batches, the last ones perhaps small or empty, so that
+    forwards that communicate stay in step. A sample that cannot be used is named, counted and left
+    out.
+
+    Args:
+        index: from `index_shards`.
+        caption_key: as in `DataConfig`; None for images without captions (tokens are then empty
+            texts).
+    """
+    bad = BadSamples()
+    share = world_size * batch_size
+    firsts = range(rank * batch_size, -(-len(index) // share) * share, share)
+    with ThreadPoolExecutor(workers, thread_name_prefix="fastclip-eval") as pool:
+        queue: deque[Future[Batch]] = deque()
+        for first in firsts:
+            numbers = range(min(first, len(index)), min(first + batch_size, len(index)))
+            queue.append(
+                pool.submit(_build, index, numbers, image_size, tokenizer, caption_key, bad)
+            )
+            if len(queue) > workers + 1:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    if bad.total:
+        logger.warning("evaluation left out %d sample(s): %s", bad.total, dict(bad.counts))
+
+
+def _build(
+    index: ShardIndex,
+    numbers: range,
+    image_size: int,
+    tokenizer: Tokenizer,
+    caption_key: str | None,
+    bad: BadSamples,
+) -> Batch:
+    pixels, captions, keys = [], [], []
+    metadata: list[dict[str, Any]] = []
+    for number in numbers:
+        sample = index[number]
+        try:
+            members = Members(sample)
+            caption = "" if caption_key is None else members.captions(caption_key)[0]
+            about = members.metadata()
+            pixels.append(evaluation_pixels(members.image, image_size))
+        except BadSampleError as error:
+            bad.bad(sample, error)
+            continue
+        captions.append(caption)
+        metadata.append(about)
+        keys.append(sample.key)
+    images = np.stack(pixels) if pixels else np.empty((0, image_size, image_size, 3), np.uint8)
+    width = tokenizer.context_length
+    tokens = torch.zeros((0, width), dtype=torch.int32)
+    lengths = torch.zeros((0,), dtype=torch.int32)
+    if captions:
+        tokens, lengths = tokenizer.encode_batch(captions)
+    return Batch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        tokens=tokens,
+        lengths=lengths,
+        ids=None,
+        keys=tuple(keys),
+        captions=tuple(captions),
+        metadata=tuple(metadata),
+    )

@@ -1,0 +1,96 @@
+"""The order of samples: a pure function of (seed, epoch), with random access.
+
+Every epoch visits each sample exactly once. Shards are permuted; within windows over the permuted
+shards, so are samples (a set smaller than a window is permuted as a whole). A position in the
+stream says everything there is to know about where training stands.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 16384
+"""Samples permuted among each other."""
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """64 random bits that depend on all `values` (splitmix64's finaliser, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = (state ^ (value & _MASK)) & _MASK
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def uniform(*values: int) -> float:
+    """A number in [0, 1) that depends on all `values`."""
+    return (mix(*values) >> 11) * 2.0**-53
+
+
+def permutation(count: int, *values: int) -> NDArray[np.int64]:
+    """A permutation of range(count) that depends on all `values`, the same on every platform."""
+    keys = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys += np.uint64(mix(*values))
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable")
+
+
+class Plan:
+    """Sample numbers by place in the endless stream.
+
+    Args:
+        sizes: samples of each shard.
+        seed: of the order.
+        window: samples permuted among each other.
+    """
+
+    def __init__(self, sizes: list[int], seed: int, window: int = WINDOW) -> None:
+        self.count = sum(sizes)
+        if self.count == 0:
+            raise ValueError("there is nothing to order: no shard has a sample")
+        self.seed = seed
+        self.window = window
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._windows: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """(epoch, sample number) at `position` of the stream."""
+        epoch, place = divmod(position, self.count)
+        return epoch, int(self._window(epoch, place // self.window)[place % self.window])
+
+    def _window(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """Sample numbers of one window, in the epoch's order."""
+        cached = self._windows.get((epoch, number))
+        if cached is not None:
+            return cached
+        order, ends = self._epoch(epoch)
+        first = number * self.window
+        size = min(self.window, self.count - first)
+        places = first + permutation(size, self.seed, epoch, 1, number)
+        shards = np.searchsorted(ends, places, side="right")
+        within = places - (ends[shards] - self._sizes[order[shards]])
+        samples = self._starts[order[shards]] + within
+        self._windows[epoch, number] = samples
+        if len(self._windows) > 4:
+            self._windows.popitem(last=False)
+        return samples
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Order of the shards, and the cumulative sizes in that order."""
+        if epoch not in self._shards:
+            order = permutation(len(self._sizes), self.seed, epoch, 0)
+            self._shards[epoch] = (order, np.cumsum(self._sizes[order]))
+            if len(self._shards) > 4:
+                self._shards.popitem(last=False)
+        return self._shards[epoch]

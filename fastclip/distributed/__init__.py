@@ -1,0 +1,1 @@
+"""Process group set-up and collectives; everything above is given a group."""

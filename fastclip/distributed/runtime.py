@@ -1,0 +1,81 @@
+"""Where this process stands among the others: the sole reader of the launcher's environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One rank's place and device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    backend: str
+    """"gloo" on CPUs, "nccl" on CUDA devices."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes files."""
+        return self.rank == 0
+
+
+def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
+    """Join the process group that the launcher describes, or make one of a single process.
+
+    Raises:
+        ValueError: the launcher's variables are set in part, or the device is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is auto, cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for and torch sees no CUDA device; use device=cpu")
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, local_rank, world_size = _launcher_environment()
+    where = torch.device("cpu")
+    if on_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no CUDA device of its own: this machine has "
+                f"{torch.cuda.device_count()}; start fewer ranks per machine"
+            )
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    backend = "nccl" if on_cuda else "gloo"
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return Runtime(
+        rank=rank, local_rank=local_rank, world_size=world_size, device=where, backend=backend
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; safe to call when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _launcher_environment() -> tuple[int, int, int]:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"the environment names a rank but lacks {', '.join(missing)}: start fastclip by "
+            "deepspeed or torchrun, which set all of them, or unset RANK and WORLD_SIZE"
+        )
+    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])

@@ -1,0 +1,312 @@
+"""DeepSpeed behind one small face: ZeRO 0–3, world size 1 included. The sole importer of deepspeed.
+
+Parameters live in fp32 and DeepSpeed runs in its fp32 mode at every stage; reduced precision is
+torch autocast inside the model's forward. Two reasons: the temperature must stay fp32 in every
+mode, and DeepSpeed's own autocast mode keeps one gradient scaler per rank, so that fp16 ranks can
+disagree on whether a step was skipped. The dynamic loss scale for fp16 is therefore kept here, the
+same on all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip.distributed.runtime import Runtime
+from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig, deepspeed_settings
+from fastclip.models.clip import Clip, ClipOutput
+
+logger = logging.getLogger("fastclip")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimiser step did."""
+
+    gradient_norm: float
+    """Global L2 norm of the averaged gradient before clipping; inf if it was not finite."""
+
+    applied: bool
+    """False when the update was skipped because a gradient was not finite."""
+
+
+class LossScale:
+    """Dynamic loss scale for fp16, a plain number that every rank moves in the same way."""
+
+    def __init__(self, initial: float, window: int, enabled: bool) -> None:
+        self.value = initial if enabled else 1.0
+        self.window = window
+        self.enabled = enabled
+        self.good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        if overflow:
+            self.value = max(self.value / 2.0, 1.0)
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.window:
+            self.value *= 2.0
+            self.good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if self.enabled:
+            self.value = float(state["value"])
+            self.good_steps = int(state["good_steps"])
+
+
+class Engine:
+    """A model and its optimiser under DeepSpeed.
+
+    One optimiser step is: for each micro-batch `forward`, then `backward` on its loss; after the
+    last one `step`. Gradients of the micro-batches add up (they are not averaged over them), and
+    are averaged over ranks, which is what the losses' rank convention expects.
+    """
+
+    def __init__(
+        self,
+        model: Clip,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        runtime: Runtime,
+        *,
+        micro_batch_size: int,
+        micro_batches: int = 1,
+        load_universal: bool = False,
+    ) -> None:
+        deepspeed = import_deepspeed(runtime)
+        self.config = config
+        self.runtime = runtime
+        self.micro_batches = micro_batches
+        self.loss_scale = LossScale(
+            config.initial_loss_scale, config.loss_scale_window, config.precision == "fp16"
+        )
+        self._skipped_in_a_row = 0
+        self._backwards = 0
+        settings = deepspeed_settings(
+            config,
+            micro_batch_size=micro_batch_size,
+            micro_batches=micro_batches,
+            world_size=runtime.world_size,
+            on_cuda=runtime.device.type == "cuda",
+            zero_keys=known_zero_keys(),
+            load_universal=load_universal,
+        )
+        model.autocast_dtype = AUTOCAST_DTYPES[config.precision]
+        self._open = contextlib.ExitStack()
+        # DeepSpeed reads a launcher's variable all its life, also where there is no launcher.
+        self._open.enter_context(_environment("LOCAL_RANK", str(runtime.local_rank)))
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+
+    @property
+    def module(self) -> Clip:
+        """The model. Under ZeRO-3 its parameters are empty outside its own forward."""
+        return self._engine.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimiser inside; its `param_groups` carry the learning rates."""
+        return self._engine.basic_optimizer
+
+    def forward(self, images: Tensor | None, tokens: Tensor | None) -> ClipOutput:
+        """Run the towers; see `Clip.forward` for shapes."""
+        return self._engine(images=images, tokens=tokens)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's `loss` (shape []) to those of the others."""
+        self._backwards += 1
+        if self._backwards > self.micro_batches:
+            raise RuntimeError(
+                f"backward call {self._backwards} of a step with {self.micro_batches} micro-batches"
+            )
+        if self.loss_scale.enabled:
+            if self.config.zero_stage == 0:
+                loss = loss * self.loss_scale.value
+            else:
+                self._engine.optimizer.override_loss_scale(self.loss_scale.value)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if self._backwards < self.micro_batches:
+            self._engine.step()  # DeepSpeed counts micro-steps; nothing is updated before the last
+
+    def step(self) -> StepInfo:
+        """Update the parameters; a step whose gradient is not finite is skipped on every rank."""
+        if self._backwards != self.micro_batches:
+            raise RuntimeError(
+                f"step after {self._backwards} of {self.micro_batches} micro-batches: call "
+                "backward for each of them first"
+            )
+        self._backwards = 0
+        if self.config.zero_stage == 0:
+            info = self._step_unsharded()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            info = StepInfo(norm, not self._engine.optimizer.overflow)
+        self.loss_scale.update(overflow=not info.applied)
+        self._skipped_in_a_row = 0 if info.applied else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} updates in a row had non-finite gradients: training has "
+                "diverged. Lower optim.learning_rate, set engine.gradient_clipping, or use "
+                "engine.precision=bf16 or fp32; resume from the last checkpoint."
+            )
+        return info
+
+    def _step_unsharded(self) -> StepInfo:
+        """ZeRO 0: DeepSpeed steps a plain optimiser, so unscaling and the check are ours."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.loss_scale.enabled:
+            torch._foreach_div_(gradients, self.loss_scale.value)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        applied = norm not in (float("inf"), float("-inf")) and norm == norm
+        if not applied:
+            for parameter in parameters:
+                parameter.grad = None  # an optimiser step without gradients changes nothing
+        self._engine.step()
+        return StepInfo(norm if applied else float("inf"), applied)
+
+    def save(self, directory: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write DeepSpeed's files into `directory/tag`. Collective; `state` holds plain data."""
+        own = {"fastclip": state, "loss_scale": self.loss_scale.state_dict()}
+        self._engine.save_checkpoint(str(directory), tag=tag, client_state=own, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Restore what `save` wrote and return its `state`. Collective; the engine must be new."""
+        with weights_only_loading():
+            path, own = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None or own is None:
+            raise FileNotFoundError(
+                f"{directory / tag} is no complete DeepSpeed checkpoint for ZeRO stage "
+                f"{self.config.zero_stage}"
+            )
+        self.loss_scale.load_state_dict(own["loss_scale"])
+        return own["fastclip"]
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """The whole model in fp32 on the CPU: on rank 0 a dict, elsewhere None. Collective."""
+        import deepspeed
+
+        sharded = self.config.zero_stage == 3
+        full: dict[str, Tensor] = {}
+        parameters = dict(self.module.named_parameters())
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            # One parameter at a time, so that ZeRO-3 never holds the whole model on one device.
+            gathered = (
+                deepspeed.zero.GatheredParameters([parameters[name]])
+                if sharded and name in parameters
+                else contextlib.nullcontext()
+            )
+            with gathered:
+                if self.runtime.is_main:
+                    full[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        return full if self.runtime.is_main else None
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+        self._open.close()
+
+
+def import_deepspeed(runtime: Runtime) -> Any:
+    """Import DeepSpeed for this device and bind it to the process group that already exists."""
+    if runtime.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "fastclip train needs DeepSpeed: pip install 'fastclip-torch[train]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that newer torch has renamed, once per step.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )
+    if runtime.device.type == "cpu":
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce at the first launch (over a
+        # minute, needs a compiler); gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=runtime.backend, verbose=False)
+    return deepspeed
+
+
+def known_zero_keys() -> set[str]:
+    """What the installed DeepSpeed accepts inside ``zero_optimization``."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    return {*fields, *(field.alias for field in fields.values() if field.alias is not None)}
+
+
+@contextlib.contextmanager
+def weights_only_loading() -> Iterator[None]:
+    """Make DeepSpeed's `torch.load` calls refuse everything but tensors and plain data.
+
+    DeepSpeed passes ``weights_only=False``; torch honours this environment variable above it. The
+    few classes that DeepSpeed's own files contain are allowed by name.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [LossScaler, ZeroStageEnum, fragment_address]
+    with (
+        _environment("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"),
+        torch.serialization.safe_globals(allowed),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def convert_to_universal(directory: Path, tag: str, output_tag: str, *, zero_stage: int) -> None:
+    """Rewrite a checkpoint so that any world size can load it. One process; a few seconds.
+
+    Raises:
+        FileNotFoundError: `directory/tag` does not exist.
+    """
+    if not (directory / tag).is_dir():
+        raise FileNotFoundError(f"no checkpoint {directory / tag}")
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(directory / tag),
+        output_folder=str(directory / output_tag),
+        num_extract_workers=1,  # one worker runs in this process: no fork beside gloo's threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=zero_stage in (1, 2),
+    )
+    with weights_only_loading(), contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(arguments)

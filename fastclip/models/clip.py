@@ -1,0 +1,240 @@
+"""The whole model: two towers, unit-length features, and the learned temperature."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastclip.models.config import ClipConfig, ViTConfig
+from fastclip.models.resnet import ModifiedResNet
+from fastclip.models.text import TextTransformer
+from fastclip.models.vit import VisionTransformer
+
+
+class ClipOutput(NamedTuple):
+    """What `Clip.forward` returns; everything in fp32."""
+
+    image_features: Tensor | None
+    """[B, embed_dim], of unit length unless asked otherwise; None without images."""
+
+    text_features: Tensor | None
+    """[B, embed_dim], of unit length unless asked otherwise; None without tokens."""
+
+    logit_scale: Tensor
+    """[1], the inverse temperature that similarities are multiplied by (exponentiated, bounded)."""
+
+    logit_bias: Tensor | None
+    """[1], added to the logits; None when the model has no bias."""
+
+
+class Clip(nn.Module):
+    """CLIP (arXiv 2103.00020, section 2).
+
+    Parameters live in fp32 and are named ``visual.*``, ``text.*``, ``logit_scale`` [1] (a
+    logarithm) and, when the configuration asks for one, ``logit_bias`` [1].
+
+    Attributes:
+        config: what the model was built from.
+        autocast_dtype: the towers' dtype under autocast; None leaves the caller's autocast, if
+            there is one, in force. The temperature and the normalisation are fp32 always.
+    """
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.autocast_dtype: torch.dtype | None = None
+        self._frozen: tuple[nn.Module, ...] = ()
+        arguments: dict[str, Any] = {
+            "embed_dim": config.embed_dim,
+            "projection": config.projection,
+        }
+        self.visual = (
+            VisionTransformer(config.vision, **arguments)
+            if isinstance(config.vision, ViTConfig)
+            else ModifiedResNet(config.vision, **arguments)
+        )
+        self.text = TextTransformer(config.text, **arguments)
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(config.init_temperature)]))
+        self.logit_bias: nn.Parameter | None = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor([float(config.init_logit_bias)]))
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        self._pixel_gain: Tensor
+        self._pixel_shift: Tensor
+        self.register_buffer("_pixel_gain", (1 / (255 * std)).view(3, 1, 1), persistent=False)
+        self.register_buffer("_pixel_shift", (-mean / std).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        normalize: bool = True,
+    ) -> ClipOutput:
+        """Features of images, of texts, or of both.
+
+        Args:
+            images: [B, 3, R, R] with the configuration's R; uint8 as decoded (normalised here, on
+                the device), or floating point and already normalised.
+            tokens: int32 or int64 [B, L], L at most the context length. Anything after a row's end
+                of text is ignored, so that L may be the batch's longest text.
+            normalize: scale the features to unit length.
+
+        Raises:
+            ValueError: a shape does not fit, or (on a CPU) a token is outside the vocabulary.
+            TypeError: a dtype does not fit.
+        """
+        if images is None and tokens is None:
+            raise ValueError("give images, tokens or both")
+        with self._precision():
+            image_features = None if images is None else self.visual(self._pixels(images))
+            text_features = None if tokens is None else self.text(self._checked(tokens))
+        with torch.autocast(self.logit_scale.device.type, enabled=False):
+            return ClipOutput(
+                _finish(image_features, normalize),
+                _finish(text_features, normalize),
+                bounded_exp(self.logit_scale, self.config.max_logit_scale),
+                self.logit_bias,
+            )
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.logit_scale.device.type, dtype=self.autocast_dtype)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        side = self.config.vision.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images are [batch, 3, {side}, {side}] for this model, not {list(images.shape)}"
+            )
+        if images.dtype == torch.uint8:
+            return (images * self._pixel_gain).add_(self._pixel_shift)
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images are uint8 pixels or normalised floating point numbers, not {images.dtype}"
+            )
+        return images.float()
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        text = self.config.text
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens are int32 or int64, not {tokens.dtype}")
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= text.context_length:
+            raise ValueError(
+                f"tokens are [batch, length] with a length from 1 to the context length "
+                f"{text.context_length}, not {list(tokens.shape)}; truncate in the tokenizer"
+            )
+        # Elsewhere the check would make the host wait for the device.
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in tokens.aminmax())
+            if low < 0 or high >= text.vocab_size:
+                raise ValueError(
+                    f"token ids run from 0 to {text.vocab_size - 1} in this model; the batch holds "
+                    f"{low if low < 0 else high}"
+                )
+        return tokens
+
+    def set_activation_checkpointing(self, vision: bool, text: bool) -> None:
+        """Recompute a tower's blocks in backward: less memory, a third more work, equal gradients.
+
+        Running statistics of BatchNorm are updated once, by the first forward pass.
+        """
+        self.visual.recompute = vision
+        self.text.recompute = text
+
+    def freeze(self, vision: bool, text: bool) -> None:
+        """Lock towers (LiT, arXiv 2111.07991): no gradients, BatchNorm as in evaluation for good.
+
+        A tower that is not named frozen is set free again.
+        """
+        choices = ((self.visual, vision), (self.text, text))
+        for tower, frozen in choices:
+            tower.requires_grad_(not frozen)
+        self._frozen = tuple(tower for tower, frozen in choices if frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Clip:
+        """Training or evaluation mode; frozen towers stay in evaluation mode."""
+        super().train(mode)
+        for tower in self._frozen:
+            tower.eval()
+        return self
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether features of one image depend on the others of its batch in training.
+
+        True with BatchNorm in a tower that is not frozen; micro-batches are not exact then.
+        """
+        return any(isinstance(module, _BatchNorm) for module in self._trained_modules())
+
+    def _trained_modules(self) -> Iterator[nn.Module]:
+        for tower in (self.visual, self.text):
+            if tower not in self._frozen:
+                yield from tower.modules()
+
+
+def tower_of(parameter_name: str) -> Literal["visual", "text", "logit"]:
+    """Which part of `Clip` a parameter belongs to, for example to give each its learning rate.
+
+    Raises:
+        ValueError: `Clip` has no such parameter.
+    """
+    head = parameter_name.partition(".")[0]
+    if head in ("logit_scale", "logit_bias"):
+        return "logit"
+    if head == "visual":
+        return "visual"
+    if head == "text":
+        return "text"
+    raise ValueError(
+        f"{parameter_name!r} begins with neither 'visual.' nor 'text.' and is no logit parameter"
+    )
+
+
+def bounded_exp(logarithm: Tensor, bound: float) -> Tensor:
+    """exp(`logarithm`), at most `bound`, with a gradient that can leave the bound but not pass it.
+
+    Where the logarithm exceeds ln(bound), the gradient passes only if descending along it lowers
+    the logarithm. A plain clamp has no gradient there, and a temperature that once stepped over
+    the bound would stay for ever; cutting the parameter after each step would not survive sharded
+    optimisers.
+
+    Returns:
+        fp32, of the shape of `logarithm`.
+    """
+    result: Tensor = _BoundedExp.apply(logarithm.float(), math.log(bound))  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _BoundedExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logarithm: Tensor, ceiling: float) -> Tensor:
+        value = logarithm.clamp(max=ceiling).exp()
+        ctx.save_for_backward(logarithm, value)
+        ctx.ceiling = ceiling
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        logarithm, value = ctx.saved_tensors
+        gradient = grad_outputs[0] * value
+        # A comparison with NaN is false: a broken gradient passes and is seen.
+        held = (logarithm > ctx.ceiling) & (gradient < 0)
+        return gradient.masked_fill(held, 0.0), None
+
+
+def _finish(features: Tensor | None, normalize: bool) -> Tensor | None:
+    if features is None:
+        return None
+    return F.normalize(features.float(), dim=-1) if normalize else features.float()

@@ -1,0 +1,308 @@
+"""The training loop: next batch, one step, and when to log, save, evaluate and stop.
+
+This is the one place where all parts meet.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastclip.checkpoint import ResumePoint, find_resume_point, load_checkpoint, save_checkpoint
+from fastclip.config import TrainConfig, save_config, to_dict
+from fastclip.data.loader import TrainLoader
+from fastclip.distributed.collectives import any_rank, barrier
+from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.engine import Engine
+from fastclip.eval.suite import format_table, run_suite
+from fastclip.flops import training_flops_per_sample
+from fastclip.metrics import RunLogger, Throughput
+from fastclip.models.clip import Clip
+from fastclip.models.interop import init_from
+from fastclip.optim import build_optimizer, parameter_groups, set_learning_rate
+from fastclip.tokenizer import Tokenizer
+from fastclip.train_step import StepResult, TrainStep, check_micro_batching
+
+logger = logging.getLogger("fastclip")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Optimiser steps done, over all launches of this run."""
+
+    finished: bool
+    """False when a signal stopped the run early (its state is saved)."""
+
+    metrics: dict[str, float]
+    """The last evaluation, empty if there was none."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train to the end of `config`, resuming from its run directory when there is a checkpoint.
+
+    Every rank calls this; the launcher (deepspeed, torchrun or none) only sets the environment.
+
+    Raises:
+        ValueError: the configuration does not fit the number of ranks, the model or the data.
+        FloatingPointError: training diverged.
+    """
+    runtime = initialise(config.run.device)
+    try:
+        with _StopRequest() as stop:
+            return _Run(config, runtime).train(stop)
+    finally:
+        shutdown()
+
+
+class _Run:
+    """A run's parts, wired together in the order in which they depend on each other."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
+        run = config.run
+        self.config = config
+        self.runtime = runtime
+        self.directory = Path(run.directory)
+        self.checkpoints = self.directory / "checkpoints"
+        batch_size = per_rank_batch_size(config, runtime.world_size)
+
+        torch.manual_seed(run.seed)  # the same initial weights on every rank
+        model = build_model(config)
+        check_micro_batching(model, run.micro_batches)
+        self.tokenizer = Tokenizer(context_length=config.model.text.context_length)
+        self.loader = TrainLoader(
+            config.data,
+            image_size=config.model.vision.image_size,
+            tokenizer=self.tokenizer,
+            batch_size=batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            seed=run.seed,
+        )
+        self.total_steps = total_steps(config, self.loader.samples_per_epoch)
+
+        point = None
+        if run.resume:
+            point = find_resume_point(self.checkpoints, runtime, config.engine.zero_stage)
+        if point is None and run.init_from is not None:
+            init_from(model, Path(run.init_from))
+        model = model.to(runtime.device)
+        optimizer = build_optimizer(
+            parameter_groups(model, config.optim), config.optim, runtime.device
+        )
+        self.engine = Engine(
+            model,
+            optimizer,
+            config.engine,
+            runtime,
+            micro_batch_size=batch_size // run.micro_batches,
+            micro_batches=run.micro_batches,
+            load_universal=point is not None and point.universal,
+        )
+        self.train_step = TrainStep(self.engine, config.loss, micro_batches=run.micro_batches)
+        self.step = 0
+        if point is not None:
+            self._resume(point)
+        if runtime.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.directory / "config.json")
+        barrier()
+        self.log = RunLogger(
+            self.directory,
+            is_main=runtime.is_main,
+            tensorboard=run.tensorboard,
+            wandb_project=run.wandb_project,
+            total_steps=self.total_steps,
+            resume_at=self.step,
+        )
+        self.throughput = Throughput(
+            device=runtime.device,
+            precision=config.engine.precision,
+            flops_per_sample=training_flops_per_sample(config.model),
+            global_batch_size=run.global_batch_size,
+            world_size=runtime.world_size,
+        )
+        self._saved_at = time.monotonic()
+
+    def _resume(self, point: ResumePoint) -> None:
+        load_checkpoint(point, self.engine, self.runtime)
+        self.loader.load_state_dict(point.loader_state)
+        self.step = point.step
+        if self.runtime.is_main:
+            logger.info("resuming from %s at step %d", point.directory / point.tag, point.step)
+
+    def train(self, stop: _StopRequest) -> TrainResult:
+        run = self.config.run
+        metrics: dict[str, float] = {}
+        self.log.start(self._describe())
+        model = self.engine.module
+        model.train()
+        self.throughput.start(self.loader.wait_seconds)
+        while self.step < self.total_steps:
+            batch = next(self.loader).to(self.runtime.device, non_blocking=True)
+            learning_rate = set_learning_rate(
+                self.engine.optimizer, self.step, self.config.optim, self.total_steps
+            )
+            result = self.train_step(batch)
+            self.step += 1
+            self.throughput.step()
+            last = self.step == self.total_steps
+            on_log_step = last or self.step % run.log_every_steps == 0
+            if on_log_step:
+                self._log_step(result, learning_rate)
+                if any_rank(stop.requested):
+                    self._save()
+                    return self._end(finished=False, metrics=metrics)
+            if last or _due(self.step, run.evaluate_every_steps):
+                metrics = self._evaluate()
+            if last or _due(self.step, run.checkpoint_every_steps) or self._time_due(on_log_step):
+                self._save()
+        return self._end(finished=True, metrics=metrics)
+
+    def _describe(self) -> str:
+        config, runtime = self.config, self.runtime
+        parameters = sum(
+            p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+            for p in self.engine.module.parameters()
+        )
+        return (
+            f"{parameters / 1e6:.1f} M parameters, {self.loader.samples_per_epoch:,} pairs, "
+            f"{self.total_steps:,} steps of {config.run.global_batch_size:,} pairs on "
+            f"{runtime.world_size} rank(s) of {runtime.device.type}, {config.engine.precision}, "
+            f"ZeRO {config.engine.zero_stage}"
+        )
+
+    def _log_step(self, result: StepResult, learning_rate: float) -> None:
+        values: dict[str, Any] = {
+            "epoch": self.loader.epoch_progress,
+            "loss": result.loss,
+            "logit_scale": result.logit_scale,
+            "gradient_norm": result.info.gradient_norm,
+            "learning_rate": learning_rate,
+            "loss_scale": self.engine.loss_scale.value,
+            "update_applied": float(result.info.applied),
+            **self.throughput.window(self.loader.wait_seconds),
+        }
+        self.log.step(self.step, values)
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.config.eval.zero_shot and not self.config.eval.retrieval:
+            return {}
+        with self.throughput.paused():
+            metrics = run_suite(
+                self.engine.module,
+                self.tokenizer,
+                self.config.eval,
+                image_size=self.config.model.vision.image_size,
+                runtime=self.runtime,
+            )
+        self.log.evaluation(self.step, metrics)
+        if self.runtime.is_main:
+            logger.info("evaluation at step %d\n%s", self.step, format_table(metrics))
+        return metrics
+
+    def _save(self) -> None:
+        with self.throughput.paused():
+            save_checkpoint(
+                self.checkpoints,
+                self.engine,
+                self.runtime,
+                step=self.step,
+                loader_state=self.loader.state_dict(),
+                model_config=to_dict(self.config.model),
+                keep=self.config.run.keep_checkpoints,
+            )
+        self._saved_at = time.monotonic()
+
+    def _time_due(self, on_log_step: bool) -> bool:
+        minutes = self.config.run.checkpoint_every_minutes
+        if minutes is None or not on_log_step:
+            return False
+        # Clocks differ between ranks; one that is due makes all save.
+        return any_rank(time.monotonic() - self._saved_at >= minutes * 60)
+
+    def _end(self, finished: bool, metrics: dict[str, float]) -> TrainResult:
+        report = self.loader.report()
+        self.log.end(report)
+        self.loader.close()
+        self.engine.close()
+        if self.runtime.is_main and not finished:
+            logger.warning(
+                "stopped by a signal at step %d of %d; the same command continues from here",
+                self.step,
+                self.total_steps,
+            )
+        return TrainResult(self.step, finished, metrics)
+
+
+def build_model(config: TrainConfig) -> Clip:
+    """The towers with the run's switches applied: frozen towers, activation checkpointing."""
+    model = Clip(config.model)
+    run = config.run
+    model.set_activation_checkpointing(
+        vision=run.activation_checkpointing_visual, text=run.activation_checkpointing_text
+    )
+    model.freeze(vision=run.freeze_visual, text=run.freeze_text)
+    return model
+
+
+def per_rank_batch_size(config: TrainConfig, world_size: int) -> int:
+    """A rank's share of the global batch.
+
+    Raises:
+        ValueError: ranks times micro-batches do not divide it.
+    """
+    total, parts = config.run.global_batch_size, world_size * config.run.micro_batches
+    if total % parts:
+        raise ValueError(
+            f"run.global_batch_size={total} is not divisible by {world_size} rank(s) × "
+            f"{config.run.micro_batches} micro-batch(es); nearest: {max(total // parts, 1) * parts}"
+        )
+    return total // world_size
+
+
+def total_steps(config: TrainConfig, samples_per_epoch: int) -> int:
+    """Optimiser steps of the run: as set, or enough for the epochs asked for."""
+    if config.run.steps is not None:
+        return config.run.steps
+    return max(1, round(config.run.epochs * samples_per_epoch / config.run.global_batch_size))
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+class _StopRequest:
+    """SIGTERM and SIGINT ask the run to save and stop; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning(
+            "%s: saving at the next log step; send it again to stop at once",
+            signal.Signals(number).name,
+        )

@@ -1,0 +1,100 @@
+"""What micro-batching refuses, and that it replays random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from fastclip.data.batch import Batch
+from fastclip.engine import Engine
+from fastclip.engine_config import EngineConfig
+from fastclip.models.clip import Clip
+from fastclip.models.presets import preset
+from fastclip.train_step import LossConfig, TrainStep, check_micro_batching, split_batch
+
+
+def test_batch_norm_in_training_is_refused():
+    model = Clip(preset("RN-Nano"))
+    check_micro_batching(model, 1)
+    with pytest.raises(ValueError, match="BatchNorm"):
+        check_micro_batching(model, 2)
+
+
+def test_a_locked_resnet_may_be_split():
+    model = Clip(preset("RN-Nano"))
+    model.freeze(vision=True, text=False)
+    check_micro_batching(model, 2)
+
+
+def _batch(size: int) -> Batch:
+    images = torch.randint(0, 256, (size, 3, 64, 64), dtype=torch.uint8)
+    tokens = torch.randint(1, 400, (size, 6), dtype=torch.int32)
+    tokens[:, -1] = 49407
+    names = tuple(map(str, range(size)))
+    return Batch(
+        images=images,
+        tokens=tokens,
+        lengths=torch.full((size,), 6, dtype=torch.int32),
+        ids=None,
+        keys=names,
+        captions=names,
+        metadata=({},) * size,
+    )
+
+
+def test_uneven_parts_are_refused():
+    with pytest.raises(ValueError, match="5 pairs cannot be cut into 2"):
+        split_batch(_batch(5), 2)
+
+
+class _Noisy(Clip):
+    """A model whose forward draws random numbers, as patch dropout does."""
+
+    def forward(self, images=None, tokens=None, *, normalize=True):
+        output = super().forward(images, tokens, normalize=False)
+        noisy = nn.functional.dropout(output.image_features, 0.5)
+        unit = nn.functional.normalize(noisy, dim=-1)
+        text = nn.functional.normalize(output.text_features, dim=-1)
+        return output._replace(image_features=unit, text_features=text)
+
+
+def _replayed(runtime):
+    """Gradient of the image projection with dropout: of the step, and of one graph over all parts."""
+    gradients = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        model = _Noisy(preset("ViT-Nano-8")).train()
+        batch = _batch(8)
+        torch.manual_seed(7)
+        if whole:
+            from fastclip.losses import clip_loss
+
+            parts = [model(*part) for part in split_batch(batch, 4)]
+            images = torch.cat([p.image_features for p in parts])
+            texts = torch.cat([p.text_features for p in parts])
+            clip_loss(images, texts, parts[-1].logit_scale).backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters()})
+            continue
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        engine = Engine(
+            model,
+            optimizer,
+            EngineConfig(zero_stage=0, precision="fp32"),
+            runtime,
+            micro_batch_size=2,
+            micro_batches=4,
+        )
+        TrainStep(engine, LossConfig(), micro_batches=4)(batch)
+        gradients.append(
+            {n: optimizer.state[p]["exp_avg"] / 0.1 for n, p in model.named_parameters()}
+        )
+        engine.close()
+    return gradients
+
+
+def test_second_forward_replays_the_first_ones_random_numbers(tmp_path):
+    ((split, whole),) = run_ranks(_replayed, 1, tmp_path)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-6)
