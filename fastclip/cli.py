@@ -27,7 +27,7 @@ EXIT_STOPPED = 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors a user can mend are one line on stderr."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     _configure_logging()
     try:
         return options.run(options)
@@ -37,6 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastclip: error: {e}", file=sys.stderr)
         print("(FASTCLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; overrides may stand before, between and after the options."""
+    parser = build_parser()
+    options, others = parser.parse_known_args(arguments)
+    # argparse gives a list of positional arguments up at the first option that follows it.
+    unknown = [word for word in others if word.startswith("-") or "=" not in word]
+    if unknown or (others and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
+    if others:
+        options.overrides = [*options.overrides, *others]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

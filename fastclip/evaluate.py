@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from fastclip.checkpoint import complete_checkpoints
-from fastclip.config import apply_overrides, from_dict, load_config
-from fastclip.distributed.runtime import initialise, shutdown
+from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
+from fastclip.data.eval_loader import eval_batches
+from fastclip.data.index import METADATA_EXTENSION, index_shards
+from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.eval.prompts import fill, imagenet_templates
 from fastclip.eval.suite import run_suite
+from fastclip.eval.zero_shot import ZeroShotTask, build_classifier, load_classes
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig
+from fastclip.report.contact_sheet import Hit, draw_contact_sheet
+from fastclip.report.learning_curve import draw_learning_curve, read_metrics
 from fastclip.tokenizer import Tokenizer
+
+_SHEET_TEXTS, _SHEET_IMAGES = 10, 6
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -68,3 +77,79 @@ def evaluate(
         return metrics, runtime.is_main
     finally:
         shutdown()
+
+
+def show(path: Path) -> list[str]:
+    """Draw a run: its learning curve, and a contact sheet for each zero-shot task.
+
+    Returns:
+        One line for each picture written into the run's folder.
+
+    Raises:
+        FileNotFoundError: there is no run, no metrics or no checkpoint.
+    """
+    folder = run_folder(path)
+    config = load_config(folder / "config.json")
+    model, checkpoint = load_trained(path)
+    tokenizer = Tokenizer(context_length=config.model.text.context_length)
+    written = []
+    curve = folder / "learning_curve.png"
+    draw_learning_curve(read_metrics(folder / "metrics.jsonl"), curve)
+    written.append(f"learning curve: {curve}")
+    for task in config.eval.zero_shot:
+        sheet = folder / f"contact_sheet_{task.name}.png"
+        rows = _search(model, tokenizer, task, config)
+        draw_contact_sheet(f"{task.name}, {checkpoint.name}: green is right", rows, sheet)
+        written.append(f"contact sheet: {sheet}")
+    return written
+
+
+def _search(
+    model: Clip, tokenizer: Tokenizer, task: ZeroShotTask, config: TrainConfig
+) -> list[tuple[str, list[Hit]]]:
+    """For some of the classes that the task's images show, the images that fit their names best."""
+    classes = load_classes(task.classes)
+    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
+    features, targets, pixels = [], [], []
+    with torch.no_grad():
+        for batch in eval_batches(
+            index_shards(task.shards, needs=(METADATA_EXTENSION,)),
+            image_size=config.model.vision.image_size,
+            tokenizer=tokenizer,
+            batch_size=config.eval.batch_size,
+            workers=config.eval.workers,
+            caption_key=None,
+        ):
+            features.append(model(images=batch.images).image_features)
+            targets.append(classes.index(batch, task.shards))
+            pixels.append(batch.images)
+        images, target = torch.cat(features), torch.cat(targets)
+        present = target.unique()
+        # Spread over the list of classes, so that neighbours do not fill the sheet.
+        chosen = present[:: max(1, len(present) // _SHEET_TEXTS)][:_SHEET_TEXTS].tolist()
+        names = [classes.names[place] for place in chosen]
+        texts = build_classifier(
+            model,
+            tokenizer,
+            names,
+            templates,
+            batch_size=config.eval.batch_size,
+            runtime=Runtime(
+                rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="none"
+            ),
+        )
+    scores = texts @ images.T
+    all_pixels = torch.cat(pixels)
+    rows = []
+    for place, name, row in zip(chosen, names, scores, strict=True):
+        best = row.topk(min(_SHEET_IMAGES, len(row)))
+        hits = [
+            Hit(
+                all_pixels[number].permute(1, 2, 0).numpy(),
+                score,
+                int(target[number]) == place,
+            )
+            for score, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        rows.append((fill(templates, name)[0], hits))
+    return rows

@@ -26,6 +26,7 @@ from fastclip.flops import training_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
 from fastclip.models.clip import Clip
 from fastclip.models.interop import init_from
+from fastclip.models.layers import convert_sync_batch_norm
 from fastclip.optim import build_optimizer, parameter_groups, set_learning_rate
 from fastclip.tokenizer import Tokenizer
 from fastclip.train_step import StepResult, TrainStep, check_micro_batching
@@ -96,6 +97,8 @@ class _Run:
         if point is None and run.init_from is not None:
             init_from(model, Path(run.init_from))
         model = model.to(runtime.device)
+        if runtime.world_size > 1:
+            convert_sync_batch_norm(model)
         optimizer = build_optimizer(
             parameter_groups(model, config.optim), config.optim, runtime.device
         )
@@ -127,7 +130,6 @@ class _Run:
         self.throughput = Throughput(
             device=runtime.device,
             precision=config.engine.precision,
-            flops_per_sample=training_flops_per_sample(config.model),
             global_batch_size=run.global_batch_size,
             world_size=runtime.world_size,
         )
@@ -154,7 +156,9 @@ class _Run:
             )
             result = self.train_step(batch)
             self.step += 1
-            self.throughput.step()
+            self.throughput.step(
+                training_flops_per_sample(self.config.model, batch.tokens.shape[1])
+            )
             last = self.step == self.total_steps
             on_log_step = last or self.step % run.log_every_steps == 0
             if on_log_step:
@@ -183,7 +187,7 @@ class _Run:
 
     def _log_step(self, result: StepResult, learning_rate: float) -> None:
         values: dict[str, Any] = {
-            "epoch": self.loader.epoch_progress,
+            "epoch": self.loader.epoch,
             "loss": result.loss,
             "logit_scale": result.logit_scale,
             "gradient_norm": result.info.gradient_norm,

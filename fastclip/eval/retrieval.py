@@ -1,0 +1,137 @@
+"""Retrieval: the right text among all texts of a set, the right image among all its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastclip.data.eval_loader import eval_batches
+from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards
+from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
+from fastclip.distributed.runtime import Runtime
+from fastclip.models.clip import Clip
+from fastclip.tokenizer import Tokenizer
+
+RECALL_AT = (1, 5, 10)
+
+_CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalTask:
+    """Pairs that are to be found again."""
+
+    name: str
+    """Short name, the key of the results."""
+
+    shards: str
+    """Shards with images and captions; see `expand_shards`."""
+
+    caption_key: str = "txt"
+    """Where the caption is, as in `DataConfig`."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"a retrieval task's name is not empty and has no /: {self.name!r}")
+
+
+def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor, groups: Tensor) -> Tensor:
+    """For each query, how many wrong candidates score at least as high as its best right one.
+
+    The score matrix is never whole in memory.
+
+    Args:
+        queries: [Q, D] unit-length features.
+        candidates: [N, D] unit-length features.
+        right: int64 [Q], the group whose candidates are right for a query.
+        groups: int64 [N], the candidates' groups.
+
+    Returns:
+        int64 [Q]; ties count against the model, and a score that is not a number is never right.
+    """
+    ranks = [torch.zeros(0, dtype=torch.int64, device=queries.device)]
+    rows = max(1, _CHUNK_SCORES // max(len(candidates), 1))
+    for begin in range(0, len(queries), rows):
+        scores = queries[begin : begin + rows] @ candidates.T
+        is_right = right[begin : begin + rows, None] == groups
+        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~(scores < best) & ~is_right).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def retrieval(
+    model: Clip,
+    tokenizer: Tokenizer,
+    task: RetrievalTask,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions; collective, the same result on every rank.
+
+    Equal captions are one text: any of its images is right for it, and it is right for each of
+    them.
+
+    Returns:
+        ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``
+        and ``texts``.
+    """
+    need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
+    index = index_shards(task.shards, needs=(need,))
+    image_parts, text_parts, captions = [], [], []
+    for batch in eval_batches(
+        index,
+        image_size=image_size,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=workers,
+        caption_key=task.caption_key,
+    ):
+        output = model(
+            images=batch.images.to(runtime.device), tokens=batch.tokens.to(runtime.device)
+        )
+        image_parts.append(output.image_features)
+        text_parts.append(output.text_features)
+        captions.extend(batch.captions)
+    own_images, own_texts = torch.cat(image_parts), torch.cat(text_parts)
+    all_captions: list[list[str]] = all_gather_objects(captions)
+    sizes = [len(part) for part in all_captions]
+    images = all_gather_rows(own_images, sizes)
+    texts = all_gather_rows(own_texts, sizes)
+    flat = [caption for part in all_captions for caption in part]
+    if not flat:
+        raise ValueError(f"retrieval task {task.name}: no pair of {task.shards} could be read")
+
+    # A text's group is its place among the different captions, first come first.
+    places: dict[str, int] = {}
+    first_rows = []
+    groups = torch.empty(len(flat), dtype=torch.int64)
+    for row, caption in enumerate(flat):
+        if caption not in places:
+            places[caption] = len(places)
+            first_rows.append(row)
+        groups[row] = places[caption]
+    groups = groups.to(images.device)
+    distinct = texts[torch.tensor(first_rows, device=texts.device)]
+    text_groups = torch.arange(len(places), device=texts.device)
+
+    # Each rank asks its share of the questions.
+    def mine(x: Tensor) -> Tensor:
+        return x[runtime.rank :: runtime.world_size]
+
+    image_ranks = best_ranks(mine(images), distinct, mine(groups), text_groups)
+    text_ranks = best_ranks(mine(distinct), images, mine(text_groups), groups)
+    hits = [[int((ranks < k).sum()) for k in RECALL_AT] for ranks in (image_ranks, text_ranks)]
+    everyone = all_gather_objects(hits)
+    result: dict[str, float] = {}
+    directions = (("image_to_text", len(flat)), ("text_to_image", len(places)))
+    for direction, (name, total) in enumerate(directions):
+        for place, k in enumerate(RECALL_AT):
+            result[f"{name}_r{k}"] = sum(hit[direction][place] for hit in everyone) / total
+    return {**result, "images": float(len(flat)), "texts": float(len(places))}

@@ -1,0 +1,136 @@
+"""The evaluations of a run, as data; all of them at once, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastclip.distributed.runtime import Runtime
+from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, retrieval
+from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
+from fastclip.models.clip import Clip
+from fastclip.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is evaluated, in the loop and by ``fastclip eval``."""
+
+    zero_shot: tuple[ZeroShotTask, ...] = ()
+    """Zero-shot classification tasks."""
+
+    retrieval: tuple[RetrievalTask, ...] = ()
+    """Retrieval tasks."""
+
+    batch_size: int = 256
+    """Images or texts per forward pass of a rank."""
+
+    workers: int = 2
+    """Decoding threads of a rank."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 1:
+            raise ValueError("eval.batch_size and eval.workers are at least 1")
+        for kind, tasks in (("zero_shot", self.zero_shot), ("retrieval", self.retrieval)):
+            names = [task.name for task in tasks]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"eval.{kind} has two tasks named {', '.join(repeated)}")
+
+
+def run_suite(
+    model: Clip,
+    tokenizer: Tokenizer,
+    config: EvalConfig,
+    *,
+    image_size: int,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Every task's numbers under ``kind/task/measure``; collective, the same on every rank.
+
+    The model is put back into the mode it was in. Nothing here draws random numbers, so that
+    evaluating does not change the training that follows.
+    """
+    training = model.training
+    model.eval()
+    metrics: dict[str, float] = {}
+    try:
+        with torch.no_grad():
+            for task in config.zero_shot:
+                numbers = zero_shot(
+                    model,
+                    tokenizer,
+                    task,
+                    image_size=image_size,
+                    batch_size=config.batch_size,
+                    workers=config.workers,
+                    runtime=runtime,
+                )
+                metrics |= {f"zero_shot/{task.name}/{key}": v for key, v in numbers.items()}
+            for pairs in config.retrieval:
+                numbers = retrieval(
+                    model,
+                    tokenizer,
+                    pairs,
+                    image_size=image_size,
+                    batch_size=config.batch_size,
+                    workers=config.workers,
+                    runtime=runtime,
+                )
+                metrics |= {f"retrieval/{pairs.name}/{key}": v for key, v in numbers.items()}
+    finally:
+        model.train(training)
+    return metrics
+
+
+def format_table(metrics: Mapping[str, float]) -> str:
+    """`run_suite`'s numbers as two small tables, in per cent."""
+    tasks: dict[tuple[str, str], dict[str, float]] = {}
+    for key, value in metrics.items():
+        kind, name, measure = key.split("/")
+        tasks.setdefault((kind, name), {})[measure] = value
+    zero_shot_rows = [
+        [
+            name,
+            f"{numbers['images']:,.0f}",
+            f"{numbers['classes']:,.0f}",
+            f"{numbers['top1']:.2%}",
+            f"{numbers['top5']:.2%}",
+            f"{1 / numbers['classes']:.2%}",
+        ]
+        for (kind, name), numbers in tasks.items()
+        if kind == "zero_shot"
+    ]
+    retrieval_rows = [
+        [
+            name,
+            f"{numbers['images']:,.0f}",
+            f"{numbers['texts']:,.0f}",
+            *(f"{numbers[f'image_to_text_r{k}']:.2%}" for k in RECALL_AT),
+            *(f"{numbers[f'text_to_image_r{k}']:.2%}" for k in RECALL_AT),
+        ]
+        for (kind, name), numbers in tasks.items()
+        if kind == "retrieval"
+    ]
+    blocks = []
+    if zero_shot_rows:
+        heads = ["zero-shot", "images", "classes", "top-1", "top-5", "chance top-1"]
+        blocks.append(_columns([heads, *zero_shot_rows]))
+    if retrieval_rows:
+        ways = [f"{way} R@{k}" for way in ("text", "image") for k in RECALL_AT]
+        blocks.append(_columns([["retrieval", "images", "texts", *ways], *retrieval_rows]))
+    return "\n\n".join(blocks) or "no evaluation is configured"
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
