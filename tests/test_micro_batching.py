@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
 from fastclip.data.batch import Batch
@@ -13,6 +12,7 @@ from fastclip.engine_config import EngineConfig
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
 from fastclip.train_step import LossConfig, TrainStep, check_micro_batching, split_batch
+from ranks import run_ranks
 
 
 def test_batch_norm_in_training_is_refused():
@@ -61,7 +61,7 @@ class _Noisy(Clip):
 
 
 def _replayed(runtime):
-    """Gradient of the image projection with dropout: of the step, and of one graph over all parts."""
+    """Gradient of the image projection with dropout: of the step, and of one whole graph."""
     gradients = []
     for whole in (False, True):
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from shards import sample, write_shards, write_tar
 
 STEPS = 12

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 from torch import Tensor
 
 from fastclip.data.batch import Batch
@@ -24,6 +23,7 @@ from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from fastclip.models.layers import convert_sync_batch_norm
 from fastclip.train_step import LossConfig, TrainStep
+from ranks import run_ranks
 
 BETA1 = 0.9
 TEXT = TextConfig(context_length=8, vocab_size=96, width=32, heads=2, layers=2)
@@ -46,7 +46,7 @@ class Case:
     name: str
     model: ClipConfig
     pairs: tuple[int, ...]
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     micro_batches: int = 1
     several_positives: bool = False
     temperature: float | None = None

@@ -174,7 +174,7 @@ def _role(extension: str) -> str:
     return "image" if extension in IMAGE_EXTENSIONS else extension
 
 
-def _members(path: Path, report) -> Iterator[tuple[str, tuple[int, int]]]:  # noqa: ANN001
+def _members(path: Path, report) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and (offset, size) of every regular file in the tar."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

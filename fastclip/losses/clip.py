@@ -27,6 +27,7 @@ from fastclip.losses.common import (
     agree,
     check_module_arguments,
     note_exact_gradients,
+    refuse_second_derivative,
     scalar,
 )
 
@@ -143,8 +144,8 @@ class _ClipLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         upstream = grad_outputs[0]
         image, text, scale = ctx.saved_tensors  # also refuses features changed in place
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]

@@ -188,6 +188,18 @@ def check_module_arguments(
     return False
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is itself to be differentiated.
+
+    Without this, what depends on these gradients would count as constant, in silence.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastclip's losses have no second derivative: call backward or grad without "
+            "create_graph=True"
+        )
+
+
 _said = False
 
 

@@ -16,7 +16,14 @@ from torch.distributed import ProcessGroup
 
 from fastclip.distributed.collectives import all_gather_rows, reduce_scatter_rows, world_size
 from fastclip.kernels.reference import sigmoid_gradients, sigmoid_loss
-from fastclip.losses.common import LossGradients, Ranks, agree, check_module_arguments, scalar
+from fastclip.losses.common import (
+    LossGradients,
+    Ranks,
+    agree,
+    check_module_arguments,
+    refuse_second_derivative,
+    scalar,
+)
 
 
 class _Stripe:
@@ -99,8 +106,8 @@ class _SigLipLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         inputs = ctx.saved_tensors  # also refuses features changed in place
         need_image, need_text = ctx.needs_input_grad[:2]
         with torch.autocast(inputs[0].device.type, enabled=False):
