@@ -52,8 +52,17 @@ def load_trained(path: Path) -> tuple[Clip, Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """The run a path belongs to: itself, or the folder above `checkpoints/step-…`."""
-    return path if (path / "config.json").is_file() else path.parent.parent
+    """The run a path belongs to: itself, or the folder above `checkpoints/step-…`.
+
+    Raises:
+        FileNotFoundError: it belongs to none.
+    """
+    for folder in (path, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} is neither a run's folder (config.json) nor a checkpoint in one"
+    )
 
 
 def evaluate(

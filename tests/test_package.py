@@ -30,6 +30,17 @@ def test_importing_the_package_loads_nothing_heavy():
     assert _python(code, cwd=ROOT).stdout.strip() == "[]"
 
 
+def test_importing_the_loss_needs_torch_alone():
+    heavy = ["deepspeed", "triton", "PIL", "transformers", "ftfy", "regex", "safetensors", "pyvips"]
+    parts = ["models", "data", "engine", "config", "tokenizer"]
+    code = (
+        "import sys, torch; before = set(sys.modules); from fastclip.losses import ClipLoss; "
+        f"new = set(sys.modules) - before; print(sorted(new & set({heavy!r})), "
+        f"sorted(new & {{'fastclip.' + part for part in {parts!r}}}))"
+    )
+    assert _python(code, cwd=ROOT).stdout.strip() == "[] []"
+
+
 def test_bare_kernels_is_refused():
     result = _python("import kernels", cwd=ROOT)
     assert result.returncode != 0

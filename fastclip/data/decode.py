@@ -23,8 +23,13 @@ class BadSampleError(Exception):
         self.kind = kind
 
 
-def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    content: bytes, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = False
+) -> Image.Image:
     """Read an image's header; its pixels are decoded later.
+
+    Args:
+        apply_orientation: turn the image as its EXIF data says, so that `size` is as seen.
 
     Raises:
         BadSampleError: the bytes are no image, or it has more than `max_pixels`.
@@ -44,12 +49,15 @@ def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadSampleError("oversized image", f"{width}×{height} exceeds {max_pixels} pixels")
-    return image
+    if not apply_orientation:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # see above
+        raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
 
 
-def decode(
-    image: Image.Image, box: Box, size: int, *, apply_orientation: bool = False
-) -> NDArray[np.uint8]:
+def decode(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
     """Cut `box` out of `image` and resize it to [size, size, 3] (bicubic with antialiasing).
 
     Transparent images are laid over white. Animated ones give their first frame.
@@ -58,8 +66,6 @@ def decode(
         BadSampleError: the pixels cannot be decoded.
     """
     try:
-        if apply_orientation:
-            image = ImageOps.exif_transpose(image)
         rgb = to_rgb(image)
         if rgb.size != (size, size) or box != (0.0, 0.0, float(size), float(size)):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,8 @@ def index_shards(pattern: str, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,))
         first = f" First: {index.problems[0]}" if index.problems else ""
         wanted = " and ".join(("an image", *needs))
         raise ValueError(
-            f"{pattern}: {len(shards)} shard(s), and no usable sample ({wanted} with one key).{first}"
+            f"{pattern}: {len(shards)} shard(s), and no usable sample ({wanted} with one key)."
+            f"{first}"
         )
     return index
 
@@ -133,7 +134,7 @@ def index_shards(pattern: str, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,))
 def scan_shard(
     path: Path, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)
 ) -> tuple[list[tuple[str, list[int]]], list[Problem]]:
-    """Usable samples of one shard, (key, six numbers of `Sample`'s places), and what is unusable."""
+    """A shard's usable samples, (key, six numbers of `Sample`'s places), and what is unusable."""
     problems: list[Problem] = []
     samples: dict[str, dict[str, tuple[int, int]]] = {}
 
@@ -153,7 +154,12 @@ def scan_shard(
             continue
         members[role] = place
     rows = []
+    # A truncated shard's last sample is part of that problem, not another one.
+    truncated = any(problem.kind == "truncated shard" for problem in problems)
+    cut = next(reversed(samples), None) if truncated else None
     for key, members in samples.items():
+        if key == cut and not {"image", *needs} <= set(members):
+            continue
         others = sorted(role for role in members if role not in ("image", "txt", "json"))
         if "image" not in members:
             has = ", ".join(f".{role}" for role in members)
@@ -174,7 +180,9 @@ def _role(extension: str) -> str:
     return "image" if extension in IMAGE_EXTENSIONS else extension
 
 
-def _members(path: Path, report) -> Iterator[tuple[str, tuple[int, int]]]:
+def _members(
+    path: Path, report: Callable[[str, str, str], None]
+) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and (offset, size) of every regular file in the tar."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -188,9 +196,10 @@ def _members(path: Path, report) -> Iterator[tuple[str, tuple[int, int]]]:
             if len(block) < _BLOCK:
                 report("", "truncated shard", f"ends at byte {length} without an end mark")
                 return
-            if not any(block):
+            if not any(block) and _is_end(descriptor, offset + _BLOCK, length):
                 return
-            if not _is_header(block):
+            size = _size(block, pax) if any(block) and _is_header(block) else None
+            if size is None:
                 following = _next_header(descriptor, offset + _BLOCK, length)
                 lost = (following if following is not None else length) - offset
                 kind = "damaged header" if offset or following is not None else "not a tar"
@@ -199,7 +208,6 @@ def _members(path: Path, report) -> Iterator[tuple[str, tuple[int, int]]]:
                     return
                 offset, long_name, pax = following, "", {}
                 continue
-            size = int(pax["size"]) if "size" in pax else _number(block[124:136])
             start = offset + _BLOCK
             kind = block[156:157]
             name = long_name or pax.get("path") or _name(block)
@@ -235,6 +243,17 @@ def _is_header(block: bytes) -> bool:
     return stored == sum(block[:148]) + 8 * 32 + sum(block[156:])
 
 
+def _is_end(descriptor: int, offset: int, length: int) -> bool:
+    """Whether a tar ends after a first block of zeros: a second follows, or nothing but zeros.
+
+    One zeroed block with more behind it is a damaged header. tarfile would stop here.
+    """
+    block = os.pread(descriptor, _BLOCK, offset)
+    if len(block) < _BLOCK:
+        return True
+    return not any(block) and _next_header(descriptor, offset + _BLOCK, length) is None
+
+
 def _next_header(descriptor: int, offset: int, length: int) -> int | None:
     """The next block that carries tar's magic and a right checksum."""
     while offset + _BLOCK <= length:
@@ -247,10 +266,15 @@ def _next_header(descriptor: int, offset: int, length: int) -> int | None:
     return None
 
 
-def _number(field: bytes) -> int:
+def _size(block: bytes, pax: dict[str, str]) -> int | None:
+    """Bytes of a header's member; None when the field holds no number."""
+    field = block[124:136]
     if field[0] & 0x80:  # GNU's base 256 for sizes of 8 GiB and more
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    try:
+        return int(pax["size"]) if "size" in pax else int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
 
 
 def _name(block: bytes) -> str:

@@ -307,9 +307,13 @@ class TrainLoader:
                     f"sample {key} has no whole number label_id in its json, which "
                     "data.positives=label needs; use data.positives=caption or none"
                 )
-        image = open_image(members.image, max_pixels=config.max_pixels)
+        image = open_image(
+            members.image,
+            max_pixels=config.max_pixels,
+            apply_orientation=config.apply_orientation,
+        )
         box = random_crop(*image.size, config.crop_scale, self.seed, epoch, number)
-        pixels = decode(image, box, self.image_size, apply_orientation=config.apply_orientation)
+        pixels = decode(image, box, self.image_size)
         return _Pair(key, pixels, caption, identity, metadata)
 
     def _check_fraction(self) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastclip.models.config import ClipConfig, ViTConfig
+from fastclip.models.layers import wide
 from fastclip.models.resnet import ModifiedResNet
 from fastclip.models.text import TextTransformer
 from fastclip.models.vit import VisionTransformer
 
 
 class ClipOutput(NamedTuple):
-    """What `Clip.forward` returns; everything in fp32."""
+    """What `Clip.forward` returns; everything in fp32 (fp64 from a model in fp64)."""
 
     image_features: Tensor | None
     """[B, embed_dim], of unit length unless asked otherwise; None without images."""
@@ -123,7 +124,7 @@ class Clip(nn.Module):
             raise TypeError(
                 f"images are uint8 pixels or normalised floating point numbers, not {images.dtype}"
             )
-        return images.float()
+        return images.to(self._pixel_gain.dtype)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         text = self.config.text
@@ -213,7 +214,7 @@ def bounded_exp(logarithm: Tensor, bound: float) -> Tensor:
     Returns:
         fp32, of the shape of `logarithm`.
     """
-    result: Tensor = _BoundedExp.apply(logarithm.float(), math.log(bound))  # pyright: ignore[reportAssignmentType]
+    result: Tensor = _BoundedExp.apply(wide(logarithm), math.log(bound))  # pyright: ignore[reportAssignmentType]
     return result
 
 
@@ -237,4 +238,4 @@ class _BoundedExp(torch.autograd.Function):
 def _finish(features: Tensor | None, normalize: bool) -> Tensor | None:
     if features is None:
         return None
-    return F.normalize(features.float(), dim=-1) if normalize else features.float()
+    return F.normalize(wide(features), dim=-1) if normalize else wide(features)

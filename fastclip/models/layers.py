@@ -23,12 +23,17 @@ from fastclip.models.config import Activation, Projection
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32; fp64 stays, so that a whole model can be computed in it for comparison."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes in fp32 whatever comes in, and gives back the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is torch's)
         normalized = F.layer_norm(
-            input.float(), self.normalized_shape, self.weight, self.bias, self.eps
+            wide(input), self.normalized_shape, self.weight, self.bias, self.eps
         )
         return normalized.to(input.dtype)
 
@@ -165,7 +170,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        x = input.float()
+        x = wide(input)
         positions = x.new_tensor([x.numel() // x.shape[1]])
         # The count rides along in the same message; it carries no gradient.
         totals = all_reduce_sum(torch.cat([x.sum((0, 2, 3)), positions]), self.group)

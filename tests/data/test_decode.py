@@ -1,0 +1,119 @@
+"""Pixels: modes, geometry, and what is refused."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastclip.data.decode import BadSampleError, decode, open_image, to_rgb
+from fastclip.data.reader import evaluation_pixels
+from fastclip.data.transforms import centre_crop, random_crop
+
+
+def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def _noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    random = np.random.default_rng(0)
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return random.integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_centre_crop_equals_resizing_and_cropping() -> None:
+    image = Image.fromarray(_noise(90, 60))
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC)
+    expected = resized.crop((8, 0, 40, 32))
+    ours = evaluation_pixels(_encoded(image), 32)
+    assert np.array_equal(ours, np.asarray(expected))
+
+
+def test_an_image_of_the_right_size_is_untouched() -> None:
+    pixels = _noise(24, 24)
+    assert np.array_equal(evaluation_pixels(_encoded(Image.fromarray(pixels)), 24), pixels)
+
+
+def test_random_crops_stay_inside_and_vary() -> None:
+    boxes = [random_crop(37, 53, (0.3, 0.9), 1, epoch, 5) for epoch in range(300)]
+    sides = [box[2] - box[0] for box in boxes]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 37
+        assert 0 <= top < bottom <= 53
+        assert bottom - top == pytest.approx(right - left)
+    assert min(sides) >= 37 * 0.3**0.5
+    assert max(sides) <= 37 * 0.9**0.5
+    assert max(sides) - min(sides) > 10
+    assert len(set(boxes)) == 300
+    assert random_crop(37, 53, (1, 1), 1, 0, 0)[0] == 0.0  # the short side is taken whole
+    assert centre_crop(10, 4) == (3.0, 0.0, 7.0, 4.0)
+
+
+def test_modes_become_rgb() -> None:
+    grey = Image.fromarray(_noise(8, 8, 1))
+    assert np.array_equal(np.asarray(to_rgb(grey))[..., 1], np.asarray(grey))
+    colour = Image.fromarray(_noise(8, 8))
+    for mode in ("CMYK", "YCbCr", "HSV", "P", "1"):
+        assert to_rgb(colour.convert(mode)).mode == "RGB"
+
+
+def test_transparency_lies_over_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("LA", (4, 4), (0, 128))
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 255] * 256)
+    palette.info["transparency"] = 0
+    assert np.asarray(to_rgb(clear)).min() == 255
+    assert np.asarray(to_rgb(half)).max() == 127
+    assert np.asarray(to_rgb(palette)).min() == 255
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    wide = Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16))
+    pixels = evaluation_pixels(_encoded(wide), 4)
+    assert pixels.min() == pixels.max() == 0x80
+
+
+def test_orientation_is_applied_only_when_asked() -> None:
+    image = Image.fromarray(_noise(40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    content = _encoded(image, "JPEG", exif=exif)
+    assert open_image(content).size == (40, 20)
+    turned = open_image(content, apply_orientation=True)
+    assert turned.size == (20, 40)
+    box = random_crop(*turned.size, (1.0, 1.0), 0, 0, 3)
+    assert decode(turned, box, 16).shape == (16, 16, 3)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    content = _encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert evaluation_pixels(content, 8)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html></html>", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_image(content: bytes) -> None:
+    with pytest.raises(BadSampleError) as caught:
+        evaluation_pixels(content, 8)
+    assert caught.value.kind == "broken image"
+
+
+def test_a_cut_image_is_broken() -> None:
+    content = _encoded(Image.fromarray(_noise(64, 64)), "JPEG")
+    with pytest.raises(BadSampleError) as caught:
+        evaluation_pixels(content[: len(content) // 2], 8)
+    assert caught.value.kind == "broken image"
+
+
+def test_oversized_images_are_refused_before_decoding() -> None:
+    content = _encoded(Image.new("1", (20000, 20000)))
+    with pytest.raises(BadSampleError) as caught:
+        open_image(content)
+    assert caught.value.kind == "oversized image"
+    with pytest.raises(BadSampleError, match="exceeds 99 pixels"):
+        open_image(_encoded(Image.new("RGB", (10, 10))), max_pixels=99)

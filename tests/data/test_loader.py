@@ -1,0 +1,262 @@
+"""The stream of training batches: exact, whatever the ranks, threads and damaged samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip.data.batch import Batch
+from fastclip.data.loader import DataConfig, TrainLoader
+from fastclip.data.reader import caption_id, sentences
+from fastclip.tokenizer import Tokenizer
+from shards import sample, write_shards, write_tar
+
+TOKENIZER = Tokenizer(context_length=32)
+
+
+def _loader(
+    train: Path | str,
+    *,
+    batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> TrainLoader:
+    return TrainLoader(
+        DataConfig(train=str(train), **options),
+        image_size=24,
+        tokenizer=TOKENIZER,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+    )
+
+
+def _take(loader: TrainLoader, batches: int) -> list[Batch]:
+    return [next(loader) for _ in range(batches)]
+
+
+def _in_order(ranks: list[TrainLoader], steps: int) -> list[str]:
+    """Keys of all ranks' batches as the stream has them."""
+    streams = [_take(loader, steps) for loader in ranks]
+    return [key for step in range(steps) for stream in streams for key in stream[step].keys]
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    return a.keys == b.keys and torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"), pairs=21, per_shard=8)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_each_epoch_without_overlap_or_loss(shards: Path, world_size: int) -> None:
+    loaders = [_loader(shards, rank=r, world_size=world_size) for r in range(world_size)]
+    steps = 3 * 21 // (4 * world_size) + 1
+    streams = [_take(loader, steps) for loader in loaders]
+    keys = [key for step in range(steps) for stream in streams for key in stream[step].keys]
+    for epoch in range(len(keys) // 21):
+        assert len(set(keys[21 * epoch : 21 * (epoch + 1)])) == 21
+    assert loaders[0].epoch == pytest.approx(steps * 4 * world_size / 21)
+    for loader in loaders:
+        loader.close()
+
+
+def test_threads_and_prefetching_change_nothing(shards: Path) -> None:
+    with (
+        _loader(shards, workers=1, prefetch_batches=1, crop_scale=(0.5, 1.0)) as one,
+        _loader(shards, workers=3, prefetch_batches=5, crop_scale=(0.5, 1.0)) as many,
+    ):
+        assert all(_same(a, b) for a, b in zip(_take(one, 12), _take(many, 12), strict=True))
+
+
+def test_the_stream_goes_on_where_it_stopped(shards: Path) -> None:
+    with _loader(shards, crop_scale=(0.5, 1.0)) as whole:
+        expected = _take(whole, 10)
+    with _loader(shards, crop_scale=(0.5, 1.0)) as first:
+        _take(first, 3)
+        state = json.loads(json.dumps(first.state_dict()))
+    with _loader(shards, crop_scale=(0.5, 1.0)) as second:
+        next(second)  # batches under way are thrown away
+        second.load_state_dict(state)
+        assert all(_same(a, b) for a, b in zip(_take(second, 7), expected[3:], strict=True))
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_samples(shards: Path) -> None:
+    with _loader(shards, batch_size=12) as whole:
+        expected = [key for batch in _take(whole, 4) for key in batch.keys]
+    pair = [_loader(shards, batch_size=6, rank=r, world_size=2) for r in range(2)]
+    keys = _in_order(pair, 2)
+    state = pair[0].state_dict()
+    assert state == pair[1].state_dict()
+    three = [_loader(shards, batch_size=4, rank=r, world_size=3) for r in range(3)]
+    for loader in three:
+        loader.load_state_dict(state)
+    keys += _in_order(three, 2)
+    assert keys == expected
+    for loader in (*pair, *three):
+        loader.close()
+
+
+def test_states_of_other_runs_are_refused(shards: Path, tmp_path: Path) -> None:
+    other = write_shards(tmp_path, pairs=20)
+    with _loader(shards) as loader, _loader(shards, seed=4) as seed, _loader(other) as data:
+        with pytest.raises(ValueError, match=r"set run\.seed=4"):
+            loader.load_state_dict(seed.state_dict())
+        with pytest.raises(ValueError, match="not those of the checkpoint"):
+            loader.load_state_dict(data.state_dict())
+
+
+def test_what_a_batch_holds(shards: Path) -> None:
+    with _loader(shards, positives="label") as loader:
+        batch = next(loader)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (4, 3, 24, 24)
+    assert batch.tokens.dtype == batch.lengths.dtype == torch.int32
+    assert batch.tokens.shape == (4, 8)  # trimmed to the longest text, in steps of 8
+    assert batch.ids is not None
+    for key, caption, about, label in zip(
+        batch.keys, batch.captions, batch.metadata, batch.ids.tolist(), strict=True
+    ):
+        _, members = sample(int(key))
+        assert caption.encode() == members["txt"]
+        assert about == json.loads(members["json"])
+        assert about["label_id"] == label
+    tokens, lengths = TOKENIZER.encode_batch(batch.captions)
+    assert torch.equal(batch.tokens, tokens[:, :8])
+    assert torch.equal(batch.lengths, lengths)
+
+
+def test_positives_by_caption() -> None:
+    assert caption_id("A red  Circle") == caption_id("a red circle") != caption_id("a red square")
+    assert 0 <= caption_id("x") < 2**63
+
+
+def test_untrimmed_text_and_plain_positives(shards: Path) -> None:
+    with _loader(shards, trim_text=False) as loader:
+        batch = next(loader)
+    assert batch.tokens.shape == (4, 32)
+    assert batch.ids is None
+
+
+def _captioned(folder: Path, about: dict[str, Any]) -> Path:
+    rows = []
+    for number in range(4):
+        key, members = sample(number)
+        members["json"] = json.dumps(about).encode()
+        rows.append((key, members))
+    return write_tar(folder / "a.tar", rows)
+
+
+def test_captions_in_json_and_their_sampling(tmp_path: Path) -> None:
+    path = _captioned(tmp_path, {"texts": ["One. Two!", "three"]})
+    with _loader(path, caption_key="json:texts") as loader:
+        assert {c for b in _take(loader, 5) for c in b.captions} == {"One. Two!"}
+    with _loader(path, caption_key="json:texts", sample_caption=True) as loader:
+        assert {c for b in _take(loader, 9) for c in b.captions} == {"One. Two!", "three"}
+    with _loader(path, caption_key="json:texts", sample_sentence=True) as loader:
+        assert {c for b in _take(loader, 9) for c in b.captions} == {"One.", "Two!"}
+    assert sentences(" A b.  C!\nd ") == ["A b.", "C!", "d"]
+    with (
+        _loader(path, caption_key="json:nothing") as loader,
+        pytest.raises(ValueError, match=r"cannot be used .*missing caption"),
+    ):
+        next(loader)
+
+
+def test_labels_are_asked_for_by_name(tmp_path: Path) -> None:
+    path = _captioned(tmp_path, {"label": "x"})
+    with (
+        _loader(path, positives="label") as loader,
+        pytest.raises(ValueError, match=r"sample 00000\d has no whole number label_id"),
+    ):
+        next(loader)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """60 pairs in three shards: 3 images broken, 1 caption missing, the last shard cut."""
+    for shard in range(3):
+        rows = []
+        for number in range(20 * shard, 20 * shard + 20):
+            key, members = sample(number)
+            if number in (3, 17, 33):
+                members["png"] = members["png"][:60]
+            if number == 21:
+                del members["txt"]
+            rows.append((key, members))
+        path = write_tar(tmp_path / f"{shard}.tar", rows)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"000055.txt") + 600])
+    return tmp_path
+
+
+def test_damage_is_counted_named_once_and_replaced(
+    damaged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="fastclip")
+    logging.getLogger("fastclip").propagate = True
+    with _loader(damaged, positives="label") as loader:
+        assert loader.samples_per_epoch == 60 - 1 - 5  # the caption; 000055 to 000059
+        batches = _take(loader, 30)
+        again = loader.report()
+    assert again == {"truncated shard": 1, "missing caption": 1, "broken image": 3}
+    keys = Counter(key for batch in batches for key in batch.keys)
+    assert not {"000003", "000017", "000033", "000021", "000055"} & set(keys)
+    assert sum(keys.values()) == 120
+    named = [record.message for record in caplog.records if "000017" in record.message]
+    assert len(named) == 1
+    assert named[0].startswith("left out 0.tar: 000017: broken image")
+    with _loader(damaged, positives="label", workers=3) as other:
+        assert all(_same(a, b) for a, b in zip(batches, _take(other, 30), strict=True))
+
+
+def test_too_much_damage_stops_the_run(tmp_path: Path) -> None:
+    rows = []
+    for number in range(300):
+        key, members = sample(number)
+        if number % 4 == 0:
+            members["png"] = b"no image"
+        rows.append((key, members))
+    write_tar(tmp_path / "a.tar", rows)
+    with (
+        _loader(tmp_path, batch_size=50, max_bad_fraction=0.1) as loader,
+        pytest.raises(ValueError, match=r"more than data\.max_bad_fraction=0\.1"),
+    ):
+        _take(loader, 10)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
+
+
+def test_a_closed_loader_says_so(shards: Path) -> None:
+    loader = _loader(shards)
+    next(loader)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "at least 1"),
+        ({"crop_scale": (0.0, 1.0)}, r"data\.crop_scale"),
+        ({"crop_scale": (0.9, 0.5)}, r"data\.crop_scale"),
+        ({"caption_key": "json:"}, "lacks the field's name"),
+        ({"caption_key": "cap"}, "is txt or json:field"),
+        ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction"),
+    ],
+)
+def test_settings_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train="x", **options)

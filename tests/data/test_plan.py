@@ -1,0 +1,55 @@
+"""The order of samples: each once per epoch, windows, independence of platform and place."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastclip.data.plan import Plan, mix, permutation, uniform
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 0, 4], [10, 1, 7, 20]])
+@pytest.mark.parametrize("window", [4, 16384])
+def test_every_epoch_visits_each_sample_once(sizes: list[int], window: int) -> None:
+    count = sum(sizes)
+    plan = Plan(sizes, seed=3, window=window)
+    orders = []
+    for epoch in range(3):
+        places = [plan(epoch * count + place) for place in range(count)]
+        assert [epoch_ for epoch_, _ in places] == [epoch] * count
+        order = [sample for _, sample in places]
+        assert sorted(order) == list(range(count))
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_access_is_random_and_repeatable() -> None:
+    plan, other = Plan([40, 60], 1, window=16), Plan([40, 60], 1, window=16)
+    forwards = [plan(position) for position in range(300)]
+    backwards = [other(position) for position in reversed(range(300))]
+    assert forwards == backwards[::-1]
+    assert forwards != [Plan([40, 60], 2, window=16)(position) for position in range(300)]
+
+
+def test_windows_hold_whole_shards_together() -> None:
+    plan = Plan([8] * 8, seed=0, window=16)
+    shards = [{plan(w * 16 + place)[1] // 8 for place in range(16)} for w in range(4)]
+    assert all(len(each) == 2 for each in shards)
+
+
+def test_numbers_are_the_same_everywhere() -> None:
+    assert mix(1, 2, 3) == mix(1, 2, 3) != mix(1, 3, 2)
+    assert mix(-1) == mix((1 << 64) - 1)
+    assert permutation(6, 0).tolist() == permutation(6, 0).tolist()
+    values = [uniform(7, number) for number in range(4000)]
+    assert 0 <= min(values) <= max(values) < 1
+    assert abs(sum(values) / 4000 - 0.5) < 0.02
+
+
+def test_permutations_are_even() -> None:
+    firsts = [int(permutation(4, seed)[0]) for seed in range(2000)]
+    assert all(abs(firsts.count(value) - 500) < 100 for value in range(4))
+
+
+def test_nothing_cannot_be_ordered() -> None:
+    with pytest.raises(ValueError, match="nothing to order"):
+        Plan([0, 0], 0)
