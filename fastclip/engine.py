@@ -175,7 +175,8 @@ class Engine:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.loss_scale.enabled:
-            torch._foreach_div_(gradients, self.loss_scale.value)
+            for gradient in gradients:
+                gradient.div_(self.loss_scale.value)
         norm = float(torch.nn.utils.get_total_norm(gradients))
         applied = norm not in (float("inf"), float("-inf")) and norm == norm
         if not applied:

@@ -174,10 +174,8 @@ class _Run:
 
     def _describe(self) -> str:
         config, runtime = self.config, self.runtime
-        parameters = sum(
-            p.ds_numel if hasattr(p, "ds_numel") else p.numel()
-            for p in self.engine.module.parameters()
-        )
+        # ZeRO-3 leaves empty parameters here and remembers how many numbers they stand for.
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         return (
             f"{parameters / 1e6:.1f} M parameters, {self.loader.samples_per_epoch:,} pairs, "
             f"{self.total_steps:,} steps of {config.run.global_batch_size:,} pairs on "

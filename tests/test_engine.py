@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Literal
 
 import pytest
 import torch
-from fastclip.models.clip import ClipOutput
 from torch import nn
 
 from fastclip.engine import Engine, LossScale
-from fastclip.engine_config import EngineConfig, deepspeed_settings
+from fastclip.engine_config import EngineConfig, Precision, deepspeed_settings
+from fastclip.models.clip import ClipOutput
 from ranks import run_ranks
 
 
@@ -42,7 +43,9 @@ def _adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=1e-2)
 
 
-def _train_beside_torch(runtime, stage: int, precision: str, micro_batches: int, clipping: float):
+def _train_beside_torch(
+    runtime, stage: Literal[0, 1, 2, 3], precision: Precision, micro_batches: int, clipping: float
+):
     """Four steps under DeepSpeed and under plain torch; step 1 overflows when scaled."""
     torch.manual_seed(0)
     model, reference = Towers(), Towers()
@@ -93,13 +96,20 @@ def _train_beside_torch(runtime, stage: int, precision: str, micro_batches: int,
     return difference, norms, applied, scale
 
 
+CASES: tuple[tuple[Precision, int, float], ...] = (
+    ("fp32", 3, 0.0),
+    ("fp16", 2, 0.0),
+    ("fp32", 1, 0.1),
+)
+
+
 def _all_cases(runtime):
     return {
         (stage, precision, parts, clipping): _train_beside_torch(
             runtime, stage, precision, parts, clipping
         )
         for stage in (0, 1, 2, 3)
-        for precision, parts, clipping in (("fp32", 3, 0.0), ("fp16", 2, 0.0), ("fp32", 1, 0.1))
+        for precision, parts, clipping in CASES
     }
 
 

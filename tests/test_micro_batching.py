@@ -54,6 +54,8 @@ class _Noisy(Clip):
 
     def forward(self, images=None, tokens=None, *, normalize=True):
         output = super().forward(images, tokens, normalize=False)
+        assert output.image_features is not None
+        assert output.text_features is not None
         noisy = nn.functional.dropout(output.image_features, 0.5)
         unit = nn.functional.normalize(noisy, dim=-1)
         text = nn.functional.normalize(output.text_features, dim=-1)

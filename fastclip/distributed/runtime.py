@@ -56,7 +56,7 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            store = dist.HashStore()
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return Runtime(
         rank=rank, local_rank=local_rank, world_size=world_size, device=where, backend=backend

@@ -168,8 +168,8 @@ def test_a_build_is_repeatable_and_kept(packages: Path) -> None:
 
 def test_drawings_are_centred_on_white() -> None:
     svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="16" viewBox="0 0 32 16">'
-        '<rect width="32" height="16" fill="#0000ff"/></svg>'
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="32" height="16" viewBox="0 0 32 16">'
+        b'<rect width="32" height="16" fill="#0000ff"/></svg>'
     )
     image = Image.open(io.BytesIO(demo_sources.draw_svg(svg, 20)))
     assert image.size == (20, 20)

@@ -196,9 +196,10 @@ def damaged(tmp_path: Path) -> Path:
             if number == 21:
                 del members["txt"]
             rows.append((key, members))
-        path = write_tar(tmp_path / f"{shard}.tar", rows)
-    content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"000055.txt") + 600])
+        write_tar(tmp_path / f"{shard}.tar", rows)
+    last = tmp_path / "2.tar"
+    content = last.read_bytes()
+    last.write_bytes(content[: content.index(b"000055.txt") + 600])
     return tmp_path
 
 

@@ -68,9 +68,9 @@ def test_stripes_of_the_sigmoid_loss() -> None:
     d_text = torch.zeros_like(text)
     d_image = []
     for part in (slice(0, 4), slice(4, 13)):
-        options = {"row_offset": part.start, "chunk_elements": 26}
-        loss += sigmoid_loss(image[part], text, SCALE, BIAS, **options)
-        gradients = sigmoid_gradients(image[part], text, SCALE, BIAS, **options)
+        rows, offset = image[part], part.start
+        loss += sigmoid_loss(rows, text, SCALE, BIAS, row_offset=offset, chunk_elements=26)
+        gradients = sigmoid_gradients(rows, text, SCALE, BIAS, row_offset=offset, chunk_elements=26)
         assert gradients.d_rows is not None
         assert gradients.d_columns is not None
         d_image.append(gradients.d_rows)

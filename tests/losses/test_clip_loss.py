@@ -87,7 +87,7 @@ def test_several_positives_and_smoothing(label_smoothing: float, several: bool) 
     ids = torch.arange(40) % 7 if several else None
     expected = clip_expected(image, text, 20.0, ids, label_smoothing)
     result = _run(image, text, 20.0, torch.float64, ids=ids, label_smoothing=label_smoothing)
-    for value, reference_value in zip(result, expected, strict=False):
+    for value, reference_value in zip(result, expected[:4], strict=True):
         assert error(value, reference_value) < 1e-11
 
 
@@ -104,7 +104,7 @@ def test_all_pairs_of_one_id() -> None:
     ids = torch.zeros(9, dtype=torch.int64)
     expected = clip_expected(image, text, 10.0, ids)
     for value, wanted in zip(
-        _run(image, text, 10.0, torch.float64, ids=ids), expected, strict=False
+        _run(image, text, 10.0, torch.float64, ids=ids), expected[:4], strict=True
     ):
         assert error(value, wanted) < 1e-11
 
