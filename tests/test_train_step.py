@@ -208,3 +208,34 @@ def test_gradients_equal_the_single_process(world_size, stages, tmp_path):
             print(f"W={world_size} ZeRO {stage} {name}: {loss_error:.1e} {gradient_error:.1e}")
             assert loss_error < 1e-5, (name, stage)
             assert gradient_error < 1e-5, (name, stage)
+
+
+def _recover(runtime: Any, stages: tuple[int, ...]) -> list[list[float]]:
+    """For each stage, the logit scales of steps that begin above the temperature's bound."""
+    case = Case("above the bound", VIT, (6,) * runtime.world_size, temperature=4.7)
+    batch = _batch(case, slice(6 * runtime.rank, 6 * runtime.rank + 6))
+    scales = []
+    for stage in stages:
+        model = _model(case)
+        model.visual.requires_grad_(False)
+        model.text.requires_grad_(False)
+        engine = Engine(
+            model.train(),
+            torch.optim.AdamW([model.logit_scale], lr=0.05, weight_decay=0.0),
+            EngineConfig(zero_stage=stage, precision="fp32"),  # pyright: ignore[reportArgumentType]
+            runtime,
+            micro_batch_size=6,
+        )
+        step = TrainStep(engine, PLAIN_LOSS)
+        scales.append([float(step(batch).logit_scale) for _ in range(8)])
+        engine.close()
+    return scales
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_temperature_recovers_from_above_its_bound(world_size, tmp_path):
+    for stages in run_ranks(_recover, world_size, tmp_path, (0, 1, 2, 3)):
+        for scales in stages:
+            assert scales[0] == scales[1] == pytest.approx(100.0)  # e^4.7 and e^4.65 are beyond
+            assert scales[-1] < 90.0
+            assert scales == sorted(scales, reverse=True)
