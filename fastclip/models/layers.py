@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fastclip.distributed.collectives import all_reduce_sum
+from fastclip.distributed.collectives import all_gather_rows, all_reduce_sum, world_size
 from fastclip.models.attention import SelfAttention
 from fastclip.models.config import Activation, Projection
 
@@ -170,22 +170,11 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        x = wide(input)
-        positions = x.new_tensor([x.numel() // x.shape[1]])
-        # The count rides along in the same message; it carries no gradient.
-        totals = all_reduce_sum(torch.cat([x.sum((0, 2, 3)), positions]), self.group)
-        count = totals[-1].detach()
-        if count < 2:
-            raise ValueError(
-                "BatchNorm in training needs more than one value per channel over all ranks; "
-                f"this batch has {int(count)}"
-            )
-        mean = totals[:-1] / count
-        centred = x - mean[:, None, None]
-        variance = all_reduce_sum(centred.square().sum((0, 2, 3)), self.group) / count
-        self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
-        gain = torch.rsqrt(variance + self.eps) * self.weight
-        return (centred * gain[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        y, mean, variance, count = _NormaliseOverRanks.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            wide(input), self.weight, self.bias, self.eps, self.group
+        )
+        self._update_running_statistics(mean, variance * (count / (count - 1)))
+        return y.to(input.dtype)
 
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, unbiased_variance: Tensor) -> None:
@@ -198,6 +187,61 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
             rate = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, rate)
         self.running_var.lerp_(unbiased_variance, rate)
+
+
+class _NormaliseOverRanks(torch.autograd.Function):
+    """(x - mean) / std · weight + bias, with one collective each way.
+
+    Each rank sends its own mean and spread around it, which are combined without cancellation
+    (Chan et al. 1979); sums of squares around zero would lose digits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        positions = x.numel() // channels
+        own_mean = x.sum((0, 2, 3)) / max(positions, 1)
+        spread = (x - own_mean[:, None, None]).square_().sum((0, 2, 3))
+        own = torch.cat([own_mean, spread, x.new_tensor([positions])])[None]
+        everyone = all_gather_rows(own, [1] * world_size(group), group)
+        means, spreads, counts = everyone.split([channels, channels, 1], dim=1)
+        count = counts.sum()
+        if count < 2:
+            raise ValueError(
+                "BatchNorm in training needs more than one value per channel over all ranks; "
+                f"this batch has {int(count)}"
+            )
+        mean = (counts * means).sum(0) / count
+        variance = (spreads + counts * (means - mean).square()).sum(0) / count
+        y = x.clone()
+        if positions:
+            y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        d_y = grad_outputs[0]
+        centred = x - mean[:, None, None]
+        d_bias = d_y.sum((0, 2, 3))
+        projection = (d_y * centred).sum((0, 2, 3))
+        # The statistics depend on every rank's x, so their gradients are sums over ranks.
+        totals = all_reduce_sum(torch.cat([d_bias, projection]), ctx.group) / count
+        d_mean, d_spread = totals.chunk(2)
+        d_x = centred.mul_((-d_spread * inverse_std.square())[:, None, None])
+        d_x.add_(d_y).sub_(d_mean[:, None, None]).mul_((weight * inverse_std)[:, None, None])
+        return d_x, projection * inverse_std, d_bias, None, None
 
 
 def convert_sync_batch_norm(model: ModuleT, group: dist.ProcessGroup | None = None) -> ModuleT:
