@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -122,7 +123,11 @@ def save_checkpoint(
 
 
 def find_resume_point(
-    directory: Path, runtime: Runtime, zero_stage: int, tag: str | None = None
+    directory: Path,
+    runtime: Runtime,
+    zero_stage: int,
+    model_config: dict[str, Any],
+    tag: str | None = None,
 ) -> ResumePoint | None:
     """The newest complete checkpoint (or the one named `tag`), None when there is none. Collective.
 
@@ -130,15 +135,20 @@ def find_resume_point(
 
     Raises:
         FileNotFoundError: `tag` was asked for and is not a complete checkpoint.
-        ValueError: written with another ZeRO stage, or by a newer fastclip.
+        ValueError: written with another ZeRO stage, for another model, or by a newer fastclip.
     """
     return _decided_by_main(
-        runtime, lambda: _find_resume_point(directory, runtime.world_size, zero_stage, tag)
+        runtime,
+        lambda: _find_resume_point(directory, runtime.world_size, zero_stage, model_config, tag),
     )
 
 
 def _find_resume_point(
-    directory: Path, world_size: int, zero_stage: int, tag: str | None
+    directory: Path,
+    world_size: int,
+    zero_stage: int,
+    model_config: dict[str, Any],
+    tag: str | None,
 ) -> ResumePoint | None:
     complete = complete_checkpoints(directory)
     if tag is None and not complete:
@@ -147,7 +157,7 @@ def _find_resume_point(
         have = ", ".join(complete) or "none"
         raise FileNotFoundError(f"no complete checkpoint {directory / tag}; there are: {have}")
     chosen = tag if tag is not None else complete[-1]
-    meta = json.loads((directory / chosen / "fastclip.json").read_text(encoding="utf-8"))
+    meta = _read_json(directory / chosen / "fastclip.json")
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{directory / chosen} has format version {meta['format_version']}; this fastclip "
@@ -158,6 +168,12 @@ def _find_resume_point(
             f"{directory / chosen} was written with engine.zero_stage={meta['zero_stage']}: resume "
             f"with that stage, or start a new run from its weights with "
             f"run.init_from={directory / chosen}"
+        )
+    differences = _differences(_read_json(directory / chosen / "model.json"), model_config)
+    if differences:
+        raise ValueError(
+            f"{directory / chosen} holds another model ({'; '.join(differences)}): resume with its "
+            "settings, or choose another run.directory"
         )
     same_world = meta["world_size"] == world_size
     load_tag = chosen
@@ -175,11 +191,23 @@ def _find_resume_point(
 
 
 def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> None:
-    """Restore model, optimiser, loss scale and generators. Collective; the engine must be new."""
-    engine.load(point.directory, point.load_tag)
-    if point.same_world:
-        path = point.directory / point.tag / f"rank-{runtime.rank:05d}.pt"
-        _restore_generators(torch.load(path, weights_only=True), runtime)
+    """Restore model, optimiser, loss scale and generators. Collective; the engine must be new.
+
+    Raises:
+        ValueError: a file is damaged, or holds more than tensors and plain data.
+    """
+    path = point.directory / point.load_tag
+    try:
+        engine.load(point.directory, point.load_tag)
+        if point.same_world:
+            path = point.directory / point.tag / f"rank-{runtime.rank:05d}.pt"
+            _restore_generators(torch.load(path, weights_only=True), runtime)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be loaded ({reason}): if it is damaged, remove "
+            f"{point.directory / point.tag} to resume from the checkpoint before it"
+        ) from error
 
 
 def _generators(runtime: Runtime) -> dict[str, Any]:
@@ -215,6 +243,25 @@ def _decided_by_main(
     if error is not None:
         raise error
     return point
+
+
+def _differences(there: Any, here: Any, name: str = "model") -> list[str]:
+    """Settings that differ, one "name: there, here" each."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted({*there, *here})
+        return [
+            line
+            for key in keys
+            for line in _differences(there.get(key), here.get(key), f"{name}.{key}")
+        ]
+    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def _write_json(path: Path, value: object) -> None:

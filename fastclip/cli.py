@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError) as e:
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTCLIP_TRACEBACK"):
             raise
         print(f"fastclip: error: {e}", file=sys.stderr)

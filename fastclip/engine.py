@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.distributed.runtime import Runtime
@@ -246,8 +247,24 @@ def import_deepspeed(runtime: Runtime) -> Any:
         # On a CPU DeepSpeed would compile a shared-memory all-reduce at the first launch (over a
         # minute, needs a compiler); gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _forget_earlier_group(deepspeed)
     deepspeed.init_distributed(dist_backend=runtime.backend, verbose=False)
     return deepspeed
+
+
+_bound_to: dist.ProcessGroup | None = None
+
+
+def _forget_earlier_group(deepspeed: Any) -> None:
+    """Let DeepSpeed work again in a process whose first run has left its process group."""
+    global _bound_to
+    world = dist.group.WORLD
+    if _bound_to is not None and _bound_to is not world:
+        from deepspeed.utils import groups
+
+        groups._release_process_group_references(group=None)
+        deepspeed.comm.comm.cdb = None
+    _bound_to = world
 
 
 def known_zero_keys() -> set[str]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastclip.checkpoint import complete_checkpoints
@@ -43,11 +44,19 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_trained(path: Path) -> tuple[Clip, Path]:
-    """The model of a run or checkpoint, in evaluation mode on the CPU, and where it was found."""
+    """The model of a run or checkpoint, in evaluation mode on the CPU, and where it was found.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its files are damaged or do not fit together.
+    """
     checkpoint = find_checkpoint(path)
     description = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
     model = Clip(from_dict(ClipConfig, description, str(checkpoint / "model.json")))
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint / 'model.safetensors'} cannot be loaded: {error}") from None
     return model.eval(), checkpoint
 
 

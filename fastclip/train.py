@@ -93,7 +93,9 @@ class _Run:
 
         point = None
         if run.resume:
-            point = find_resume_point(self.checkpoints, runtime, config.engine.zero_stage)
+            point = find_resume_point(
+                self.checkpoints, runtime, config.engine.zero_stage, to_dict(config.model)
+            )
         if point is None and run.init_from is not None:
             init_from(model, Path(run.init_from))
         model = model.to(runtime.device)

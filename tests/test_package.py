@@ -58,8 +58,10 @@ def test_wheel_and_sdist_hold_real_files_and_import_elsewhere(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("kernels/reference.py", "tokenizer/bpe_merges.txt", "py.typed"):
+    data = ("tokenizer/bpe_merges.txt", "eval/imagenet_templates.txt", "data/demo_packages.json")
+    for name in ("kernels/reference.py", "py.typed", *data):
         assert f"fastclip/{name}" in names
+    assert sum(name.endswith("_LICENSE") for name in names if "dist-info" in name) == 2
     for archive in (wheel, sdist):
         site = tmp_path / archive.suffix.strip(".")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
@@ -67,6 +69,9 @@ def test_wheel_and_sdist_hold_real_files_and_import_elsewhere(tmp_path):
         code = (
             f"import sys; sys.path.insert(0, {str(site)!r}); import fastclip.losses, torch; "
             "from fastclip.tokenizer import Tokenizer; "
+            "from fastclip.eval.prompts import imagenet_templates; "
+            "from fastclip.data.demo_packages import PACKAGES; "
+            "assert len(imagenet_templates()) == 80 and len(PACKAGES) == 18; "
             f"assert fastclip.__file__.startswith({str(site)!r}); "
             "loss = fastclip.losses.ClipLoss(); x = torch.eye(3); "
             "print(float(loss(x, x, torch.tensor(10.0))), Tokenizer()('a cat').shape)"

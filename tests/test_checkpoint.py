@@ -1,0 +1,142 @@
+"""Checkpoints on disk: which one counts, how many are kept, and what damage is called."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip import cli
+from fastclip.checkpoint import complete_checkpoints, find_resume_point, step_tag
+from fastclip.config import load_config, to_dict
+from fastclip.distributed.runtime import Runtime
+from shards import write_shards
+
+ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+
+
+def _train(data: Path, run: Path, *overrides: str) -> int:
+    settings = (
+        "model.vision.layers=1",
+        "model.text.layers=1",
+        "optim.warmup_steps=1",
+        "run.global_batch_size=8",
+        "run.checkpoint_every_steps=2",
+        "run.keep_checkpoints=2",
+        "run.log_every_steps=1",
+        "run.tensorboard=false",
+        "run.device=cpu",
+        f"run.directory={run}",
+    )
+    return cli.main(["train", "smoke", f"--data={data}", *settings, *overrides])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"), pairs=24)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert _train(data, run, "run.steps=6") == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _find(run: Path, tag: str | None = None):
+    config = load_config(run / "config.json")
+    return find_resume_point(run / "checkpoints", ALONE, 1, to_dict(config.model), tag)
+
+
+def test_the_newest_are_kept_and_pointed_at(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    assert complete_checkpoints(checkpoints) == [step_tag(4), step_tag(6)]
+    assert (checkpoints / "latest").read_text() == f"{step_tag(6)}\n"
+    point = _find(run)
+    assert point is not None
+    assert (point.step, point.same_world, point.universal) == (6, True, False)
+    older = _find(run, step_tag(4))
+    assert older is not None
+    assert older.step == 4
+    with pytest.raises(FileNotFoundError, match=rf"there are: {step_tag(4)}, {step_tag(6)}"):
+        _find(run, step_tag(5))
+
+
+def test_half_written_checkpoints_do_not_count(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / step_tag(6), checkpoints / f".partial-{step_tag(8)}")
+    shutil.copytree(checkpoints / step_tag(6), checkpoints / step_tag(9))
+    (checkpoints / step_tag(9) / "fastclip.json").unlink()
+    point = _find(run)
+    assert point is not None
+    assert point.step == 6
+    assert find_resume_point(run / "nowhere", ALONE, 1, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["engine.zero_stage=2"], "written with engine.zero_stage=1"),
+        (["run.seed=9"], "set run.seed=0"),
+        (["model.text.width=64"], "holds another model (model.text.width is 128 there and 64"),
+    ],
+)
+def test_settings_that_do_not_continue_a_run(
+    run: Path, data: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str
+) -> None:
+    assert _train(data, run, "run.steps=8", *overrides) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_damaged_files_are_named(run: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    newest = run / "checkpoints" / step_tag(6)
+    (state,) = newest.glob("*optim_states.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    assert _train(data, run, "run.steps=8") == 1
+    assert f"remove {newest} to resume from the checkpoint before it" in capsys.readouterr().err
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert cli.main(["show", str(run)]) == 1
+    assert f"{weights} cannot be loaded" in capsys.readouterr().err
+    (newest / "fastclip.json").write_text('{"step": ')
+    assert _train(data, run, "run.steps=8") == 1
+    assert f"{newest / 'fastclip.json'} is not valid JSON" in capsys.readouterr().err
+    shutil.rmtree(newest)  # the way out that the message names
+    assert _train(data, run, "run.steps=6") == 0
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+@pytest.mark.parametrize("name", ["rank-00000.pt", "mp_rank_00_model_states.pt"])
+def test_checkpoints_cannot_run_code(
+    run: Path, data: Path, capfd: pytest.CaptureFixture, name: str
+) -> None:
+    path = run / "checkpoints" / step_tag(6) / name
+    assert path.is_file()
+    torch.save({"module": _Harmful()}, path, pickle_module=pickle)
+    assert _train(data, run, "run.steps=8") == 1
+    output = capfd.readouterr()
+    assert "code from a checkpoint ran" not in output.out + output.err
+    assert "cannot be loaded" in output.err
+
+
+def test_newer_formats_are_refused(run: Path) -> None:
+    path = run / "checkpoints" / step_tag(6) / "fastclip.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "format_version": 99}))
+    with pytest.raises(ValueError, match="has format version 99"):
+        _find(run)
