@@ -23,7 +23,7 @@ def demo(data: str) -> TrainConfig:
             crop_scale=(0.7, 1.0),
             positives="label",  # one caption occurs in up to seven styles
         ),
-        optim=OptimConfig(learning_rate=2e-3, beta2=0.98, eps=1e-6, warmup_steps=40),
+        optim=OptimConfig(learning_rate=2e-3, beta2=0.98, eps=1e-6, warmup_steps=60),
         engine=EngineConfig(zero_stage=1, precision="fp32", gradient_clipping=1.0),
         eval=EvalConfig(
             zero_shot=(
@@ -40,10 +40,11 @@ def demo(data: str) -> TrainConfig:
         ),
         run=RunConfig(
             directory="runs/demo",
-            global_batch_size=512,
-            epochs=10,
+            global_batch_size=256,
+            epochs=8,
             log_every_steps=10,
             checkpoint_every_steps=100,
+            evaluate_every_steps=231,
         ),
     )
 
