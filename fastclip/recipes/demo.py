@@ -50,10 +50,10 @@ def demo(data: str) -> TrainConfig:
 
 
 def _zero_shot(root: Path, name: str, split: str, classes: str) -> ZeroShotTask:
-    # The captions are bare names, and so is what a class is called.
+    # Training has seen bare names and nothing else: a sentence around one would be new to it.
     return ZeroShotTask(
         name=name,
         shards=str(root / split),
         classes=str(root / "classes" / f"{classes}.json"),
-        templates=("{}", "{}."),
+        templates=("{}",),
     )
