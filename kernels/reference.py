@@ -102,7 +102,10 @@ def contrastive_statistics(
                 chunk, row_offset, count, row_ids, column_ids, label_smoothing, logits
             )
             # Differences before the weighting: large logits of either sign cancel exactly.
-            gap[chunk] = (targets * (own[chunk, None] - logits)).sum(1)
+            behind = own[chunk, None] - logits
+            # The own logit was summed in another order than the product: rounding is no gap.
+            _own_entries(behind, chunk, row_offset).zero_()
+            gap[chunk] = (targets * behind).sum(1)
         _own_entries(logits, chunk, row_offset).fill_(float("-inf"))
         others_of_row[chunk] = logits.logsumexp(1)
         others_of_column = torch.logaddexp(others_of_column, logits.logsumexp(0))

@@ -114,8 +114,8 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        gradient = grad_outputs[0].clone()
-        dist.all_reduce(gradient, group=ctx.group)
+        # Through `apply`, so that a second derivative crosses the ranks as well.
+        gradient: Tensor = _AllReduceSum.apply(grad_outputs[0], ctx.group)  # pyright: ignore[reportAssignmentType]
         return gradient, None
 
 

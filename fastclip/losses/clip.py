@@ -139,7 +139,7 @@ class _ClipLoss(torch.autograd.Function):
                 image_features, text_features, logit_scale, ids, label_smoothing, ranks, local
             )
             loss = stripe.forward()
-        ctx.save_for_backward(image_features, text_features, logit_scale)
+        ctx.save_for_backward(image_features, text_features, logit_scale, ids)
         ctx.stripe = stripe
         return loss
 
@@ -147,7 +147,7 @@ class _ClipLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         upstream = grad_outputs[0]
-        image, text, scale = ctx.saved_tensors  # also refuses features changed in place
+        image, text, scale, _ = ctx.saved_tensors  # also refuses tensors changed in place
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         with torch.autocast(image.device.type, enabled=False):
             gradients = ctx.stripe.backward(need_image, need_text)

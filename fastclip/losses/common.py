@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.distributed.collectives import all_gather_integers, rank, world_size
+from fastclip.kernels.reference import compute_dtype
 
 logger = logging.getLogger("fastclip")
 
@@ -75,6 +76,8 @@ def agree(
         sizes = [image_features.shape[0]]
         _check_not_empty(sizes)
         return Ranks(group, sizes, 0)
+    if world_size(group) < 1:
+        raise ValueError("this process is not in the loss's group: only its members may call")
     own = [0, 0, 0, 0, 1]
     if problem is None:
         shape = image_features.shape
@@ -145,7 +148,8 @@ def scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor:
         ValueError: it has another shape.
     """
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+        dtype = compute_dtype(like.dtype)
+        return torch.tensor(float(value), dtype=dtype, device=like.device)
     if value.shape not in ((), (1,)):
         raise ValueError(f"{name} is one number, of shape [] or [1], not {list(value.shape)}")
     if value.device != like.device:

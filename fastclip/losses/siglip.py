@@ -101,14 +101,14 @@ class _SigLipLoss(torch.autograd.Function):
                 image_features, text_features, logit_scale, logit_bias, ids, ranks, local
             )
             loss = stripe.forward()
-        ctx.save_for_backward(image_features, text_features, logit_scale, logit_bias)
+        ctx.save_for_backward(image_features, text_features, logit_scale, logit_bias, ids)
         ctx.stripe = stripe
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        inputs = ctx.saved_tensors  # also refuses features changed in place
+        *inputs, _ = ctx.saved_tensors  # also refuses tensors changed in place
         need_image, need_text = ctx.needs_input_grad[:2]
         with torch.autocast(inputs[0].device.type, enabled=False):
             gradients = ctx.stripe.backward(need_image, need_text)
