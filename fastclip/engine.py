@@ -193,6 +193,8 @@ class Engine:
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Restore what `save` wrote and return its `state`. Collective; the engine must be new."""
+        groups = self.optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         with weights_only_loading():
             path, own = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None or own is None:
@@ -200,6 +202,14 @@ class Engine:
                 f"{directory / tag} is no complete DeepSpeed checkpoint for ZeRO stage "
                 f"{self.config.zero_stage}"
             )
+        # The configuration says what each group's settings are. (From a universal checkpoint
+        # DeepSpeed 0.19.8 gives every group those of the first under ZeRO-3, decay of biases
+        # included, and lets all parameters share one tensor as their count of steps.)
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
         self.loss_scale.load_state_dict(own["loss_scale"])
         return own["fastclip"]
 
