@@ -25,7 +25,10 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 class ContrastiveStatistics(NamedTuple):
-    """What the first pass over S leaves behind. All fp32 (fp64 for fp64 features)."""
+    """What the first pass over S leaves behind; log-sum-exps in fp64, the rest in compute dtype.
+
+    Rounded to fp32, a log-sum-exp near 80 would be off by 4e-6, and with it a whole row of G.
+    """
 
     others_of_row: Tensor
     """[b], log-sum-exp over the row without its own pair; complete."""
@@ -93,8 +96,8 @@ def contrastive_statistics(
     rows, columns, scale = _upcast(rows, columns, scale)
     count = columns.shape[0]
     own = scale * (rows * columns[row_offset : row_offset + rows.shape[0]]).sum(1)
-    others_of_row, gap = torch.empty_like(own), torch.zeros_like(own)
-    others_of_column = columns.new_full((count,), float("-inf"))
+    others_of_row, gap = torch.empty_like(own, dtype=torch.float64), torch.zeros_like(own)
+    others_of_column = columns.new_full((count,), float("-inf"), dtype=torch.float64)
     for chunk in _chunks(rows.shape[0], count, chunk_elements):
         logits = scale * (rows[chunk] @ columns.T)
         if row_ids is not None or label_smoothing > 0:
@@ -107,8 +110,8 @@ def contrastive_statistics(
             _own_entries(behind, chunk, row_offset).zero_()
             gap[chunk] = (targets * behind).sum(1)
         _own_entries(logits, chunk, row_offset).fill_(float("-inf"))
-        others_of_row[chunk] = logits.logsumexp(1)
-        others_of_column = torch.logaddexp(others_of_column, logits.logsumexp(0))
+        others_of_row[chunk] = _logsumexp(logits, 1)
+        others_of_column = torch.logaddexp(others_of_column, _logsumexp(logits, 0))
     return ContrastiveStatistics(others_of_row, others_of_column, own, gap)
 
 
@@ -147,8 +150,10 @@ def contrastive_gradients(
     rows, columns, scale = _upcast(rows, columns, scale)
     count = columns.shape[0]
     own = own_of_column[row_offset : row_offset + rows.shape[0]]
-    row_lse = torch.logaddexp(others_of_row, own)
-    column_lse = torch.logaddexp(others_of_column, own_of_column)
+    row_lse, row_rest = _split(torch.logaddexp(others_of_row, own.double()), own.dtype)
+    column_lse, column_rest = _split(
+        torch.logaddexp(others_of_column, own_of_column.double()), own.dtype
+    )
     others_of_own_column = others_of_column[row_offset : row_offset + rows.shape[0]]
     own_gradient = -torch.sigmoid(others_of_row - own) - torch.sigmoid(others_of_own_column - own)
     d_rows = torch.empty_like(rows) if need_rows else None
@@ -158,8 +163,8 @@ def contrastive_gradients(
     for chunk in _chunks(rows.shape[0], count, chunk_elements):
         similarity = rows[chunk] @ columns.T
         logits = scale * similarity
-        gradient = (logits - row_lse[chunk, None]).exp_()
-        gradient += (logits - column_lse).exp_()
+        gradient = (logits - row_lse[chunk, None]).sub_(row_rest[chunk, None]).exp_()
+        gradient += (logits - column_lse).sub_(column_rest).exp_()
         entries = own_gradient[chunk]
         if not plain:
             targets = _targets(
@@ -242,6 +247,21 @@ def sigmoid_gradients(
     if d_columns is not None:
         d_columns *= scale / count
     return SigmoidGradients(d_rows, d_columns, d_scale / count, d_bias / count)
+
+
+def _logsumexp(logits: Tensor, dim: int) -> Tensor:
+    """Exponentials and sums in the dtype of the logits, the logarithm and its shift in fp64."""
+    most = logits.amax(dim, keepdim=True)
+    # Without any other pair (N = 1) the maximum is −inf, and −inf − −inf is not 0.
+    most.masked_fill_(most == float("-inf"), 0.0)
+    total = (logits - most).exp_().sum(dim)
+    return total.double().log_() + most.squeeze(dim)
+
+
+def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp64 as the sum of two tensors of `dtype`, of which the second is the first's rounding."""
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)
 
 
 def _softplus(x: Tensor) -> Tensor:

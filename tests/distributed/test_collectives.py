@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastclip.distributed.collectives import (
     all_gather_integers,
@@ -14,59 +14,98 @@ from fastclip.distributed.collectives import (
     all_gather_rows,
     all_reduce_sum,
     any_rank,
+    barrier,
     broadcast_object,
+    rank,
     reduce_scatter_rows,
+    world_size,
 )
-from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.distributed.runtime import Runtime
 from ranks import run_ranks
 
-
-def _rows(runtime: Runtime, sizes: list[int]) -> Any:
-    own = torch.full((sizes[runtime.rank], 2), float(runtime.rank + 1))
-    gathered = all_gather_rows(own, sizes)
-    weight = torch.arange(sum(sizes), dtype=torch.float32)[:, None].expand(-1, 2).contiguous()
-    return gathered, reduce_scatter_rows(weight * (runtime.rank + 1), sizes)
+RANKS = 3
+SIZES = [[2, 2, 2], [0, 0, 0], [1, 4, 0], [0, 0, 2], [3, 1, 1]]
+SHAPES = (((2,), torch.float32), ((), torch.int64), ((3, 2), torch.bfloat16))
 
 
-@pytest.mark.parametrize("sizes", [[3], [2, 2], [1, 4, 0], [0, 0, 2, 1]])
-def test_rows_travel_with_unequal_shares(tmp_path: Path, sizes: list[int]) -> None:
-    results = run_ranks(_rows, len(sizes), tmp_path, sizes)
-    whole = torch.cat([torch.full((n, 2), float(r + 1)) for r, n in enumerate(sizes)])
-    ranks = sum(range(1, len(sizes) + 1))
-    weight = torch.arange(sum(sizes), dtype=torch.float32)[:, None].expand(-1, 2) * ranks
-    for (gathered, own), part in zip(results, weight.split(sizes), strict=True):
-        assert torch.equal(gathered, whole)
-        assert torch.equal(own, part)
+def _of_rank(size: int, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    first = torch.arange(size * torch.Size(shape).numel()).reshape(size, *shape)
+    return (first + 10 * index).to(dtype)
 
 
-def _sum(runtime: Runtime) -> Any:
-    x = torch.tensor([1.0, 2.0]) * (runtime.rank + 1)
-    x.requires_grad_()
+def _weights(sizes: list[int], shape: tuple[int, ...]) -> Tensor:
+    return _of_rank(sum(sizes), 0, shape, torch.float32)
+
+
+def _rows(runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
+    results = []
+    for sizes in SIZES:
+        for shape, dtype in SHAPES:
+            own = _of_rank(sizes[runtime.rank], runtime.rank, shape, dtype)
+            strided = torch.stack((own, own), dim=-1)[..., 0]  # not contiguous
+            part = reduce_scatter_rows(_weights(sizes, shape) * (runtime.rank + 1), sizes)
+            results.append((all_gather_rows(strided, sizes), part))
+    return results
+
+
+def _report(runtime: Runtime) -> dict[str, Any]:
+    index = runtime.rank
+    rows = _rows(runtime)
+    with pytest.raises((ValueError, RuntimeError)):  # shares that do not match the rows
+        all_gather_rows(torch.zeros(3, 2), [2] * RANKS)
+    with pytest.raises((ValueError, RuntimeError)):
+        reduce_scatter_rows(torch.zeros(5, 2), [2, 1, 1])
+    x = (torch.tensor([1.0, 2.0]) * (index + 1)).requires_grad_()
     total = all_reduce_sum(x)
-    ((runtime.rank + 1) * total.square()).sum().backward()
-    return total.detach(), x.grad
+    (first,) = torch.autograd.grad(((index + 1) * total**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(((index + 1) * first).sum(), x)
+    barrier()
+    return {
+        "rows": rows,
+        "total": total.detach(),
+        "first": first.detach(),
+        "second": second,
+        "unchanged": torch.equal(x.detach(), torch.tensor([1.0, 2.0]) * (index + 1)),
+        "strided": all_reduce_sum(torch.arange(6.0).view(2, 3).T),
+        "place": (rank(), world_size()),
+        "objects": all_gather_objects({"rank": index}),
+        "broadcast": broadcast_object(f"of {index}"),
+        "any": (any_rank(index == 1), any_rank(False)),
+        "integers": all_gather_integers([index, 7], torch.device("cpu")),
+    }
 
 
-def test_sum_over_ranks_is_differentiable(tmp_path: Path) -> None:
-    for total, gradient in run_ranks(_sum, 3, tmp_path):
-        assert total.tolist() == [6.0, 12.0]
-        # d/dx of Σ_r (r+1)·total² over all ranks = 2·total·(1+2+3)
-        assert gradient.tolist() == [72.0, 144.0]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(_report, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
-def _values(runtime: Runtime) -> Any:
-    return (
-        all_gather_objects({"rank": runtime.rank}),
-        broadcast_object(f"of {runtime.rank}"),
-        any_rank(runtime.rank == 1),
-        any_rank(False),
-        all_gather_integers([runtime.rank, 7], torch.device("cpu")),
-    )
+def test_rows_travel_with_unequal_shares(results: list[dict[str, Any]]) -> None:
+    by_rank = [result["rows"] for result in results]
+    cases = [(sizes, *rest) for sizes in SIZES for rest in SHAPES]
+    for (sizes, shape, dtype), *received in zip(cases, *by_rank, strict=True):
+        whole = torch.cat([_of_rank(n, r, shape, dtype) for r, n in enumerate(sizes)])
+        parts = (_weights(sizes, shape) * sum(range(1, RANKS + 1))).split(sizes)
+        for (gathered, own), part in zip(received, parts, strict=True):
+            assert gathered.dtype == dtype
+            assert torch.equal(gathered, whole)
+            assert torch.equal(own, part)
 
 
-def test_small_values(tmp_path: Path) -> None:
-    for result in run_ranks(_values, 2, tmp_path):
-        assert result == ([{"rank": 0}, {"rank": 1}], "of 0", True, False, [[0, 7], [1, 7]])
+def test_sums_and_small_values(results: list[dict[str, Any]]) -> None:
+    for index, result in enumerate(results):
+        assert result["total"].tolist() == [6.0, 12.0]
+        # d/dx of Σ_r (r+1)·total³ over all ranks = 3·total²·(1+2+3) ...
+        assert result["first"].tolist() == [648.0, 2592.0]
+        # ... and of Σ_r (r+1)·that once more = (1+2+3)·6·total·(1+2+3), across ranks.
+        assert result["second"].tolist() == [1296.0, 2592.0]
+        assert result["unchanged"]
+        assert torch.equal(result["strided"], 3 * torch.arange(6.0).view(2, 3).T)
+        assert result["place"] == (index, 3)
+        assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert result["broadcast"] == "of 0"
+        assert result["any"] == (True, False)
+        assert result["integers"] == [[0, 7], [1, 7], [2, 7]]
 
 
 def test_without_a_group_everything_is_the_identity() -> None:
@@ -75,25 +114,7 @@ def test_without_a_group_everything_is_the_identity() -> None:
     assert reduce_scatter_rows(x, [3]) is x
     assert all_reduce_sum(x) is x
     assert all_gather_objects(5) == [5]
-
-
-def test_half_a_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match=r"lacks LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
-        initialise("cpu")
-    with pytest.raises(ValueError, match="device is auto, cpu or cuda"):
-        initialise("gpu")
-
-
-def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    runtime = initialise("cpu")
-    try:
-        assert (runtime.rank, runtime.world_size, runtime.backend) == (0, 1, "gloo")
-        assert runtime.is_main
-        assert any_rank(True)
-    finally:
-        shutdown()
+    assert broadcast_object("here") == "here"
+    assert all_gather_integers([1, 2], torch.device("cpu")) == [[1, 2]]
+    assert (rank(), world_size(), any_rank(True), any_rank(False)) == (0, 1, True, False)
+    barrier()
