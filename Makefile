@@ -8,6 +8,8 @@
 PYTHON ?= python3
 # On a machine with another CUDA version choose torch here: make test TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
+# A CUDA build of torch brings its own; beside a CPU build Triton still compiles and interprets.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
@@ -35,6 +37,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo,dev]"
 	$(PIP) --constraint constraints.txt --no-deps open_clip_torch timm torchvision
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	@touch $@
 
 demo: $(VENV)/.train

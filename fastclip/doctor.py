@@ -115,7 +115,9 @@ def _devices() -> tuple[Finding, ...]:
 def _parts() -> tuple[Finding, ...]:
     return (
         Finding(
-            "losses", "chunked PyTorch", "exact, memory O(N·D); there are no fused kernels yet"
+            "losses",
+            "chunked PyTorch",
+            "exact, memory O(N·D); impl='triton' asks for the kernels, not yet run on a GPU",
         ),
         _one_of_two(
             "training engine",

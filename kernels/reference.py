@@ -150,8 +150,8 @@ def contrastive_gradients(
     rows, columns, scale = _upcast(rows, columns, scale)
     count = columns.shape[0]
     own = own_of_column[row_offset : row_offset + rows.shape[0]]
-    row_lse, row_rest = _split(torch.logaddexp(others_of_row, own.double()), own.dtype)
-    column_lse, column_rest = _split(
+    row_lse, row_rest = split(torch.logaddexp(others_of_row, own.double()), own.dtype)
+    column_lse, column_rest = split(
         torch.logaddexp(others_of_column, own_of_column.double()), own.dtype
     )
     others_of_own_column = others_of_column[row_offset : row_offset + rows.shape[0]]
@@ -258,7 +258,7 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
     return total.double().log_() + most.squeeze(dim)
 
 
-def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """fp64 as the sum of two tensors of `dtype`, of which the second is the first's rounding."""
     high = x.to(dtype)
     return high, (x - high).to(dtype)

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.distributed.collectives import all_gather_rows, reduce_scatter_rows, world_size
-from fastclip.kernels.reference import (
-    contrastive_gradients,
-    contrastive_loss,
-    contrastive_statistics,
-)
+from fastclip.kernels.reference import contrastive_loss
 from fastclip.losses.common import (
     LossGradients,
     Ranks,
@@ -30,6 +26,8 @@ from fastclip.losses.common import (
     refuse_second_derivative,
     scalar,
 )
+from fastclip.ops.contrastive import contrastive_gradients, contrastive_statistics
+from fastclip.ops.dispatch import Impl
 
 
 class _Stripe:
@@ -44,57 +42,61 @@ class _Stripe:
         label_smoothing: float,
         ranks: Ranks,
         local: bool,
+        impl: Impl,
     ) -> None:
         self.ranks = ranks
+        self.impl = impl
         self.alone = local or world_size(ranks.group) == 1
         self.rows = image_features
         self.columns = self._gather(text_features)
         self.scale = logit_scale.reshape(())
-        self.options = {
-            "row_offset": ranks.offset,
-            "row_ids": ids,
-            "column_ids": None if ids is None else self._gather(ids),
-            "label_smoothing": label_smoothing,
-        }
+        self.ids = (ids, None if ids is None else self._gather(ids))
+        self.label_smoothing = label_smoothing
 
     def forward(self) -> Tensor:
         """The global loss, [], fp32 (fp64 for fp64 features)."""
-        statistics = contrastive_statistics(self.rows, self.columns, self.scale, **self.options)
-        self.others_of_row = statistics.others_of_row
-        self.others_of_column = self._combine(statistics.others_of_column)
-        self.own_of_column = self._gather(statistics.own)
+        self.others_of_row, others_of_column, own, gap = contrastive_statistics(
+            self.rows,
+            self.columns,
+            self.scale,
+            *self.ids,
+            self.ranks.offset,
+            self.label_smoothing,
+            self.impl,
+        )
+        self.others_of_column = self._combine(others_of_column)
+        self.own_of_column = self._gather(own)
         first = self.ranks.offset
         mine = slice(first, first + self.rows.shape[0])
         loss = contrastive_loss(
             self.others_of_row,
             self.others_of_column[mine],
-            statistics.own,
-            statistics.gap,
+            own,
+            gap,
             self.ranks.count,
         )
-        return self._sum(loss).to(statistics.own.dtype)
+        return self._sum(loss).to(own.dtype)
 
     def backward(self, need_rows: bool, need_columns: bool) -> LossGradients:
         """Gradients by the rank convention, in the compute dtype."""
-        partial = contrastive_gradients(
+        d_image, d_text, d_scale = contrastive_gradients(
             self.rows,
             self.columns,
             self.scale,
             self.others_of_row,
             self.others_of_column,
             self.own_of_column,
-            need_rows=need_rows,
-            need_columns=need_columns,
-            **self.options,
+            *self.ids,
+            self.ranks.offset,
+            self.label_smoothing,
+            need_rows,
+            need_columns,
+            self.impl,
         )
         ranks = 1 if self.alone else world_size(self.ranks.group)
-        d_image = partial.d_rows
-        d_text = partial.d_columns
-        if not self.alone and d_text is not None:
+        if not self.alone and need_columns:
             d_text = reduce_scatter_rows(d_text, self.ranks.sizes, self.ranks.group)
-        return LossGradients(
-            _scaled(d_image, ranks), _scaled(d_text, ranks), self._sum(partial.d_scale), None
-        )
+        return LossGradients(d_image.mul_(ranks), d_text.mul_(ranks), self._sum(d_scale), None)
 
     def _gather(self, x: Tensor) -> Tensor:
         return x if self.alone else all_gather_rows(x, self.ranks.sizes, self.ranks.group)
@@ -117,11 +119,6 @@ class _Stripe:
         return total.log_().add_(shift)
 
 
-def _scaled(x: Tensor | None, factor: int) -> Tensor:
-    # The type says Tensor: a gradient that nobody asked for is never looked at.
-    return x if x is None or factor == 1 else x.mul_(factor)  # pyright: ignore[reportReturnType]
-
-
 class _ClipLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,10 +130,11 @@ class _ClipLoss(torch.autograd.Function):
         label_smoothing: float,
         ranks: Ranks,
         local: bool,
+        impl: Impl,
     ) -> Tensor:
         with torch.autocast(image_features.device.type, enabled=False):
             stripe = _Stripe(
-                image_features, text_features, logit_scale, ids, label_smoothing, ranks, local
+                image_features, text_features, logit_scale, ids, label_smoothing, ranks, local, impl
             )
             loss = stripe.forward()
         ctx.save_for_backward(image_features, text_features, logit_scale, ids)
@@ -157,7 +155,7 @@ class _ClipLoss(torch.autograd.Function):
                 (gradients.d_logit_scale * upstream).to(scale.dtype).reshape(scale.shape)
                 if need_scale
                 else None,
-                *(None,) * 4,
+                *(None,) * 5,
             )
 
 
@@ -175,6 +173,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
     local: bool = False,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Symmetric softmax contrastive loss over the pairs of all ranks.
 
@@ -192,6 +191,7 @@ def clip_loss(
         group: the ranks whose pairs are contrasted; None is the default group where
             torch.distributed is initialised, and this process alone otherwise.
         local: contrast this rank's pairs alone, whatever the group.
+        impl: what computes it: "reference" (PyTorch), "triton", or "auto" (see `choose`).
 
     Returns:
         The mean over all ranks' pairs, [], fp32, the same on every rank. Its gradients averaged
@@ -204,7 +204,7 @@ def clip_loss(
     ranks = agree(image_features, text_features, ids, group, local)
     scale = scalar(logit_scale, "logit_scale", image_features)
     loss: Tensor = _ClipLoss.apply(  # pyright: ignore[reportAssignmentType]
-        image_features, text_features, scale, ids, label_smoothing, ranks, local
+        image_features, text_features, scale, ids, label_smoothing, ranks, local, impl
     )
     return loss
 
@@ -218,6 +218,7 @@ def clip_loss_and_grads(
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, LossGradients]:
     """`clip_loss` and its gradients in one evaluation, without autograd.
 
@@ -228,7 +229,9 @@ def clip_loss_and_grads(
     ranks = agree(image_features, text_features, ids, group, False)
     scale = scalar(logit_scale, "logit_scale", image_features)
     with torch.autocast(image_features.device.type, enabled=False):
-        stripe = _Stripe(image_features, text_features, scale, ids, label_smoothing, ranks, False)
+        stripe = _Stripe(
+            image_features, text_features, scale, ids, label_smoothing, ranks, False, impl
+        )
         loss = stripe.forward()
         gradients = stripe.backward(need_rows=True, need_columns=True)
     return loss, LossGradients(
@@ -248,8 +251,7 @@ class ClipLoss(nn.Module):
         rank, world_size: checked against the group. world_size=1 keeps the loss on this rank's
             pairs, as in open_clip; None takes the group as it is.
         use_horovod: refused.
-        group: see `clip_loss`.
-        label_smoothing: see `clip_loss`.
+        group, label_smoothing, impl: see `clip_loss`.
     """
 
     def __init__(
@@ -263,6 +265,7 @@ class ClipLoss(nn.Module):
         *,
         group: ProcessGroup | None = None,
         label_smoothing: float = 0.0,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         del local_loss, cache_labels
@@ -272,6 +275,7 @@ class ClipLoss(nn.Module):
             note_exact_gradients(gather_with_grad)
         self.group = group
         self.label_smoothing = label_smoothing
+        self.impl: Impl = impl
 
     def get_logits(
         self,
@@ -309,5 +313,6 @@ class ClipLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             group=self.group,
             local=self.local,
+            impl=self.impl,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.distributed.collectives import all_gather_rows, reduce_scatter_rows, world_size
-from fastclip.kernels.reference import sigmoid_gradients, sigmoid_loss
 from fastclip.losses.common import (
     LossGradients,
     Ranks,
@@ -24,6 +23,8 @@ from fastclip.losses.common import (
     refuse_second_derivative,
     scalar,
 )
+from fastclip.ops.dispatch import Impl
+from fastclip.ops.sigmoid import sigmoid_gradients, sigmoid_loss
 
 
 class _Stripe:
@@ -38,8 +39,10 @@ class _Stripe:
         ids: Tensor | None,
         ranks: Ranks,
         local: bool,
+        impl: Impl,
     ) -> None:
         self.ranks = ranks
+        self.impl = impl
         self.alone = local or world_size(ranks.group) == 1
         self.operands = (
             image_features,
@@ -47,33 +50,24 @@ class _Stripe:
             logit_scale.reshape(()),
             logit_bias.reshape(()),
         )
-        self.options = {
-            "row_offset": ranks.offset,
-            "row_ids": ids,
-            "column_ids": None if ids is None else self._gather(ids),
-        }
+        self.ids = (ids, None if ids is None else self._gather(ids))
 
     def forward(self) -> Tensor:
         """The global loss, [], fp32 (fp64 for fp64 features)."""
-        loss = self._sum(sigmoid_loss(*self.operands, **self.options))
+        loss = self._sum(sigmoid_loss(*self.operands, *self.ids, self.ranks.offset, self.impl))
         wide = self.operands[0].dtype == torch.float64
         return loss if wide else loss.float()
 
     def backward(self, need_rows: bool, need_columns: bool) -> LossGradients:
         """Gradients by the rank convention, in the compute dtype."""
-        partial = sigmoid_gradients(
-            *self.operands, need_rows=need_rows, need_columns=need_columns, **self.options
+        d_image, d_text, d_scale, d_bias = sigmoid_gradients(
+            *self.operands, *self.ids, self.ranks.offset, need_rows, need_columns, self.impl
         )
-        d_image, d_text = partial.d_rows, partial.d_columns
-        if not self.alone:
-            ranks = world_size(self.ranks.group)
-            if d_text is not None:
-                sizes = self.ranks.sizes
-                d_text = reduce_scatter_rows(d_text, sizes, self.ranks.group) * ranks
-            if d_image is not None:
-                d_image = d_image * ranks
-        both = self._sum(torch.stack((partial.d_scale, partial.d_bias)))
-        return LossGradients(d_image, d_text, both[0], both[1])  # pyright: ignore[reportArgumentType]
+        ranks = 1 if self.alone else world_size(self.ranks.group)
+        if not self.alone and need_columns:
+            d_text = reduce_scatter_rows(d_text, self.ranks.sizes, self.ranks.group)
+        both = self._sum(torch.stack((d_scale, d_bias)))
+        return LossGradients(d_image.mul_(ranks), d_text.mul_(ranks), both[0], both[1])
 
     def _gather(self, x: Tensor) -> Tensor:
         return x if self.alone else all_gather_rows(x, self.ranks.sizes, self.ranks.group)
@@ -95,10 +89,11 @@ class _SigLipLoss(torch.autograd.Function):
         ids: Tensor | None,
         ranks: Ranks,
         local: bool,
+        impl: Impl,
     ) -> Tensor:
         with torch.autocast(image_features.device.type, enabled=False):
             stripe = _Stripe(
-                image_features, text_features, logit_scale, logit_bias, ids, ranks, local
+                image_features, text_features, logit_scale, logit_bias, ids, ranks, local, impl
             )
             loss = stripe.forward()
         ctx.save_for_backward(image_features, text_features, logit_scale, logit_bias, ids)
@@ -118,7 +113,7 @@ class _SigLipLoss(torch.autograd.Function):
                     gradients, inputs, ctx.needs_input_grad[:4], strict=True
                 )
             ]
-        return (*returned, None, None, None)
+        return (*returned, *(None,) * 4)
 
 
 def siglip_loss(
@@ -130,6 +125,7 @@ def siglip_loss(
     ids: Tensor | None = None,
     group: ProcessGroup | None = None,
     local: bool = False,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Sigmoid loss over all N·N combinations of the pairs of all ranks, divided by N.
 
@@ -141,7 +137,7 @@ def siglip_loss(
         logit_bias: [] or [1], or a number; the paper starts at -10.
         ids: int64 [b]; pairs with equal ids are positives of each other, each combination of them
             answered with yes. None: each pair is its own only positive.
-        group, local: as for `clip_loss`.
+        group, local, impl: as for `clip_loss`.
 
     Returns:
         The loss, [], fp32, the same on every rank. Its gradients averaged over ranks (as DDP and
@@ -154,7 +150,7 @@ def siglip_loss(
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     loss: Tensor = _SigLipLoss.apply(  # pyright: ignore[reportAssignmentType]
-        image_features, text_features, scale, bias, ids, ranks, local
+        image_features, text_features, scale, bias, ids, ranks, local, impl
     )
     return loss
 
@@ -168,13 +164,14 @@ def siglip_loss_and_grads(
     *,
     ids: Tensor | None = None,
     group: ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, LossGradients]:
     """`siglip_loss` and its gradients in one evaluation, without autograd."""
     ranks = agree(image_features, text_features, ids, group, False)
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     with torch.autocast(image_features.device.type, enabled=False):
-        stripe = _Stripe(image_features, text_features, scale, bias, ids, ranks, False)
+        stripe = _Stripe(image_features, text_features, scale, bias, ids, ranks, False, impl)
         loss = stripe.forward()
         gradients = stripe.backward(need_rows=True, need_columns=True)
     assert gradients.d_logit_bias is not None
@@ -193,7 +190,7 @@ class SigLipLoss(nn.Module):
         cache_labels, dist_impl: accepted; they choose between layouts that this loss does not need.
         rank, world_size: checked against the group. world_size=1 keeps the loss on this rank's
             pairs, as in open_clip; None takes the group as it is.
-        group: see `siglip_loss`.
+        group, impl: see `siglip_loss`.
     """
 
     def __init__(
@@ -204,6 +201,7 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
         *,
         group: ProcessGroup | None = None,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         del cache_labels
@@ -211,6 +209,7 @@ class SigLipLoss(nn.Module):
             raise ValueError(f"dist_impl is bidir, shift, reduce or gather, not {dist_impl!r}")
         self.local = check_module_arguments(group, rank, world_size, use_horovod=False)
         self.group = group
+        self.impl: Impl = impl
 
     def get_logits(
         self,
@@ -242,5 +241,6 @@ class SigLipLoss(nn.Module):
             ids=ids,
             group=self.group,
             local=self.local,
+            impl=self.impl,
         )
         return {"contrastive_loss": loss} if output_dict else loss

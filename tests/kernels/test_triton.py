@@ -1,0 +1,99 @@
+"""The Triton kernels in the interpreter: errors against fp64, operators, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip.losses import clip_loss, siglip_loss
+from fastclip.ops.dispatch import choose
+from loss_oracles import clip_expected, error, features
+from ranks import run_ranks
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    program = Path(__file__).parents[1] / "interpreted.py"
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_passes_equal_the_reference(report: dict[str, Any], kind: str, dtype: str) -> None:
+    cases = {k: v for k, v in report["passes"].items() if k.startswith(f"{kind} {dtype} ")}
+    assert len(cases) == 16
+    worst: dict[str, float] = {}
+    for case, errors in cases.items():
+        for name, value in errors.items():
+            features_ = name in ("d_rows", "d_columns")
+            assert value < (TOLERANCE[dtype] if features_ else 1e-5), (case, name, value)
+            worst[name] = max(worst.get(name, 0.0), value)
+    print(f"{kind} {dtype}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+
+
+def test_losses_equal_their_definitions(report: dict[str, Any]) -> None:
+    assert len(report["losses"]) == 9
+    for name, value in report["losses"].items():
+        assert value < 1e-5, (name, value)
+
+
+def test_operators_pass_torchs_checks_and_nan_is_not_hidden(report: dict[str, Any]) -> None:
+    assert report["operators"] is True
+    assert report["nan"] is True
+
+
+def _on_ranks(runtime: Any, sizes: tuple[int, ...]) -> Any:
+    image, text = (x.float() for x in features(sum(sizes), 20))
+    x, y = (each.split(list(sizes))[runtime.rank].clone() for each in (image, text))
+    x, y = x.requires_grad_(), y.requires_grad_()
+    s = torch.tensor(30.0, requires_grad=True)
+    loss = clip_loss(x, y, s, impl="triton")
+    loss.backward()
+    return loss.detach(), x.grad, y.grad, s.grad
+
+
+def test_stripes_of_two_ranks_equal_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sizes = (37, 5)
+    image, text = (x.float() for x in features(sum(sizes), 20))
+    expected = clip_expected(image, text, 30.0)
+    results = run_ranks(_on_ranks, 2, tmp_path, sizes)
+    assert error(torch.cat([r[1] for r in results]) / 2, expected.d_image) < 1e-5
+    assert error(torch.cat([r[2] for r in results]) / 2, expected.d_text) < 1e-5
+    for result in results:
+        assert error(result[0], expected.loss) < 1e-6
+        assert error(result[3], expected.d_scale) < 1e-5
+
+
+def test_what_triton_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = (x.float() for x in features(4, 3))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs CUDA tensors, these are on cpu"):
+        clip_loss(image, text, 1.0, impl="triton")
+    with pytest.raises(ValueError, match="impl is auto, reference, triton, not 'cuda'"):
+        siglip_loss(image, text, 1.0, 0.0, impl="cuda")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="not fp64"):
+        choose("triton", image.double())
+    assert choose("auto", image) == "reference"
