@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 import uuid
 from collections.abc import Callable
@@ -69,3 +70,5 @@ def _worker(
     torch.save(result, run / f"result-{rank}")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # libraries' destructors beside gloo's threads have aborted after all was done
