@@ -41,7 +41,6 @@ def _targets_tile(
     row_count,
     column_count,
     smoothing,
-    total,
     HAS_IDS: tl.constexpr,
 ):
     """Targets of a tile: even over a row's positives, smoothed over all."""
@@ -52,7 +51,7 @@ def _targets_tile(
         hits = tl.where(row_id[:, None] == column_id[None, :], share[:, None], 0.0)
     else:
         hits = tl.where(own, 1.0, 0.0)
-    return hits * (1.0 - smoothing) + smoothing / total
+    return hits * (1.0 - smoothing) + smoothing / column_count
 
 
 @triton.jit
@@ -109,7 +108,8 @@ def statistics_kernel(
     s = tl.load(scale)
     inside = (row_index[:, None] < row_count) & (column_index[None, :] < column_count)
     own = (row_index[:, None] + row_offset) == column_index[None, :]
-    logits = tl.where(inside & (own == 0), products * s, float("-inf"))
+    others = inside & (own == 0)
+    logits = tl.where(others, products * s, float("-inf"))
     largest, total = _largest_and_sum(logits, 1)
     row_place = tile_n.to(tl.int64) * row_count + row_index
     tl.store(row_largest + row_place, largest, mask=row_index < row_count)
@@ -121,11 +121,11 @@ def statistics_kernel(
     if HAS_GAP:
         targets = _targets_tile(
             row_index, column_index, own, row_ids, column_ids, positives, row_count, column_count,
-            smoothing, column_count, HAS_IDS,
+            smoothing, HAS_IDS,
         )  # fmt: skip
         mine = tl.load(own_logit + row_index, mask=row_index < row_count, other=0.0)
         # Differences before the weighting: large logits of either sign cancel exactly.
-        difference = tl.where(inside & (own == 0), mine[:, None] - products * s, 0.0)
+        difference = tl.where(others, mine[:, None] - products * s, 0.0)
         tl.store(
             gap_partial + row_place,
             tl.sum(targets * difference, axis=1),
@@ -183,7 +183,7 @@ def gradient_kernel(
     if HAS_TARGETS:
         g -= 2.0 * _targets_tile(
             row_index, column_index, own, row_ids, column_ids, positives, row_count, column_count,
-            smoothing, column_count, HAS_IDS,
+            smoothing, HAS_IDS,
         )  # fmt: skip
     g = tl.where(inside & (own == 0), g, 0.0)
     place = row_index.to(tl.int64)[:, None] * column_count + column_index[None, :]
