@@ -9,7 +9,7 @@ accumulation would be another objective, with fewer negatives, and is not offere
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastclip.data.batch import Batch
 from fastclip.engine import Engine, StepInfo
 from fastclip.losses import clip_loss_and_grads, siglip_loss_and_grads
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.ops.dispatch import Impl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,14 @@ class LossConfig:
     label_smoothing: float = 0.0
     """Mass that a softmax target spreads evenly over the global batch, in [0, 1)."""
 
+    impl: Impl = "auto"
+    """What computes it: reference (PyTorch), triton (not yet run on a GPU), or auto."""
+
     def __post_init__(self) -> None:
         if self.kind not in ("clip", "siglip"):
             raise ValueError(f"loss.kind is 'clip' or 'siglip', not {self.kind!r}")
+        if self.impl not in get_args(Impl):
+            raise ValueError(f"loss.impl is {', '.join(get_args(Impl))}, not {self.impl!r}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"loss.label_smoothing is in [0, 1), not {self.label_smoothing}")
         if self.kind == "siglip" and self.label_smoothing != 0.0:
@@ -107,7 +113,12 @@ class TrainStep:
         if self.config.kind == "siglip":
             logit_bias = _present(cached[-1].logit_bias).detach()
             return siglip_loss_and_grads(
-                image_features, text_features, logit_scale, logit_bias, ids=ids
+                image_features,
+                text_features,
+                logit_scale,
+                logit_bias,
+                ids=ids,
+                impl=self.config.impl,
             )
         return clip_loss_and_grads(
             image_features,
@@ -115,6 +126,7 @@ class TrainStep:
             logit_scale,
             ids=ids,
             label_smoothing=self.config.label_smoothing,
+            impl=self.config.impl,
         )
 
 
