@@ -76,7 +76,7 @@ def decode(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB; transparency over white."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):

@@ -267,14 +267,15 @@ def _next_header(descriptor: int, offset: int, length: int) -> int | None:
 
 
 def _size(block: bytes, pax: dict[str, str]) -> int | None:
-    """Bytes of a header's member; None when the field holds no number."""
+    """Bytes of a header's member; None when the field holds no number, or a negative one."""
     field = block[124:136]
     if field[0] & 0x80:  # GNU's base 256 for sizes of 8 GiB and more
         return int.from_bytes(field[1:], "big")
     try:
-        return int(pax["size"]) if "size" in pax else int(field.strip(b" \0") or b"0", 8)
+        size = int(pax["size"]) if "size" in pax else int(field.strip(b" \0") or b"0", 8)
     except ValueError:
         return None
+    return size if size >= 0 else None  # a negative one would send the walk back, for ever
 
 
 def _name(block: bytes) -> str:

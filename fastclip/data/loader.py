@@ -7,7 +7,6 @@ What a batch holds depends on (seed, position) alone, never on threads or timing
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +25,6 @@ from fastclip.data.plan import Plan, mix
 from fastclip.data.reader import BadSamples, Members, caption_id, sentences
 from fastclip.data.transforms import random_crop
 from fastclip.tokenizer import Tokenizer
-
-logger = logging.getLogger("fastclip")
 
 _MOST_REPLACEMENTS = 100
 _FEWEST_SEEN = 200  # before that, a fraction of bad samples says little
@@ -111,6 +108,10 @@ class TrainLoader:
 
     Attributes:
         wait_seconds: time the consumer has spent waiting for batches.
+
+    Raises:
+        FileNotFoundError, ValueError: see `index_shards`; or the usable samples do not fill one
+            global batch.
     """
 
     def __init__(
@@ -140,6 +141,12 @@ class TrainLoader:
         self.index = index_shards(config.train, needs=tuple(sorted(needs)))
         if rank == 0:
             self.index.log_problems()
+        if self.global_batch_size > len(self.index):
+            raise ValueError(
+                f"a global batch of {self.global_batch_size} pairs is more than the "
+                f"{len(self.index)} usable ones in {config.train}, so that pairs would be their "
+                "own negatives: set a smaller batch or give more shards"
+            )
         self._plan = Plan(self.index.sizes, seed)
         self._bad = BadSamples()
         self._position = 0
@@ -147,12 +154,6 @@ class TrainLoader:
         self._queue: deque[Future[Batch]] = deque()
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="fastclip-loader")
         self._closed = False
-        if self.global_batch_size > len(self.index) and rank == 0:
-            logger.warning(
-                "a global batch of %d pairs is more than the %d there are: pairs repeat in it",
-                self.global_batch_size,
-                len(self.index),
-            )
 
     @property
     def global_batch_size(self) -> int:
@@ -302,9 +303,9 @@ class TrainLoader:
         elif config.positives == "label":
             metadata = members.metadata()
             identity = metadata.get("label_id")
-            if not isinstance(identity, int):
+            if type(identity) is not int or not -(2**63) <= identity < 2**63:
                 raise ValueError(
-                    f"sample {key} has no whole number label_id in its json, which "
+                    f"sample {key} has no whole number of 64 bits as label_id in its json, which "
                     "data.positives=label needs; use data.positives=caption or none"
                 )
         image = open_image(
@@ -320,6 +321,6 @@ class TrainLoader:
         bad = self._bad
         if bad.seen >= _FEWEST_SEEN and bad.fraction > self.config.max_bad_fraction:
             raise ValueError(
-                f"{bad.total} of {bad.seen} samples cannot be used ({dict(bad.counts)}), more "
-                f"than data.max_bad_fraction={self.config.max_bad_fraction}"
+                f"{bad.failed} of {bad.seen} samples drawn cannot be used ({dict(bad.counts)}), "
+                f"more than data.max_bad_fraction={self.config.max_bad_fraction}"
             )

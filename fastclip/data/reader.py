@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ class BadSamples:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._named: set[str] = set()
+        self._named: set[tuple[Path, str]] = set()
         self.counts: Counter[str] = Counter()
         self.seen = 0
+        self.failed = 0
 
     def good(self) -> None:
         with self._lock:
@@ -38,15 +40,16 @@ class BadSamples:
 
     def bad(self, sample: Sample, error: BadSampleError) -> None:
         """Count `sample`, and log it when it is the first time."""
-        name = f"{sample.shard.name}: {sample.key}"
+        identity = (sample.shard, sample.key)
         with self._lock:
             self.seen += 1
-            first = name not in self._named
-            self._named.add(name)
+            self.failed += 1
+            first = identity not in self._named
+            self._named.add(identity)
             if first:
                 self.counts[error.kind] += 1
         if first:
-            logger.warning("left out %s: %s", name, error)
+            logger.warning("left out %s: %s: %s", sample.shard.name, sample.key, error)
 
     @property
     def total(self) -> int:
@@ -55,8 +58,11 @@ class BadSamples:
 
     @property
     def fraction(self) -> float:
-        """Unusable among all samples seen."""
-        return self.total / self.seen if self.seen else 0.0
+        """Unusable among all samples seen, each counted as often as it was drawn.
+
+        (Different ones over draws would shrink with every epoch, whatever the damage.)
+        """
+        return self.failed / self.seen if self.seen else 0.0
 
 
 class Members:
@@ -85,7 +91,7 @@ class Members:
             return {}
         try:
             value = json.loads(self._metadata)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deeply
             raise BadSampleError("broken metadata", f"not valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise BadSampleError("broken metadata", "the json member is not an object")
@@ -95,10 +101,13 @@ class Members:
         """The texts under `caption_key` ("txt" or "json:field"), at least one.
 
         Raises:
-            BadSampleError: there is none, or it is empty.
+            BadSampleError: there is none, it is empty, or it is not UTF-8.
         """
         if caption_key == "txt":
-            texts: Any = self._caption.decode("utf-8", errors="replace")
+            try:
+                texts: Any = self._caption.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadSampleError("broken caption", f"not UTF-8: {error}") from None
         else:
             texts = self.metadata().get(caption_key.removeprefix("json:"))
         texts = [texts] if isinstance(texts, str) else texts
@@ -122,7 +131,7 @@ def _read(descriptor: int, place: tuple[int, int]) -> bytes:
 
 def sentences(caption: str) -> list[str]:
     """A caption's sentences (ConVIRT samples one of them)."""
-    return [part for part in _SENTENCE.split(caption.strip()) if part]
+    return [part.strip() for part in _SENTENCE.split(caption) if part.strip()]
 
 
 def caption_id(caption: str) -> int:

@@ -24,6 +24,8 @@ def expand_shards(pattern: str) -> list[Path]:
         raise ValueError("no shards given: name a folder or pattern, e.g. --data '/data/*.tar'")
     found: list[Path] = []
     for part in pattern.split("::"):
+        if not part:  # it would mean the current folder
+            raise ValueError(f"{pattern}: one of the parts between :: is empty")
         if "://" in part or part.startswith("pipe:"):
             raise ValueError(f"{part}: only local files can be read; copy the shards here first")
         for name in _expand_braces(part):

@@ -117,3 +117,66 @@ def test_oversized_images_are_refused_before_decoding() -> None:
     assert caught.value.kind == "oversized image"
     with pytest.raises(BadSampleError, match="exceeds 99 pixels"):
         open_image(_encoded(Image.new("RGB", (10, 10))), max_pixels=99)
+
+
+def test_a_transparent_colour_of_an_rgb_image_lies_over_white() -> None:
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.putpixel((0, 0), (0, 0, 255))
+    pixels = evaluation_pixels(_encoded(image, transparency=(255, 0, 0)), 4)
+    assert pixels[0, 0].tolist() == [0, 0, 255]
+    assert pixels[1, 1].tolist() == [255, 255, 255]
+
+
+def test_encoded_modes_keep_their_colour() -> None:
+    grey = Image.new("L", (4, 4), 90)
+    assert (evaluation_pixels(_encoded(grey), 4) == 90).all()
+    clear = Image.new("LA", (4, 4), (0, 0))
+    assert (evaluation_pixels(_encoded(clear), 4) == 255).all()
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 255, 0, 200, 0])
+    palette.putpixel((0, 0), 0)
+    pixels = evaluation_pixels(_encoded(palette, transparency=0), 4)
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[3, 3].tolist() == [0, 200, 0]
+    ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red, green, blue = evaluation_pixels(_encoded(ink, "JPEG"), 16)[8, 8].tolist()
+    assert red > 230
+    assert max(green, blue) < 40
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 51))
+    assert (evaluation_pixels(_encoded(half, "WEBP", lossless=True), 4) == 204).all()
+
+
+def test_an_animation_with_alpha_and_a_gif() -> None:
+    frames = [Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("RGBA", (8, 8), "blue")]
+    webp = _encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert (evaluation_pixels(webp, 8) == 255).all()
+    flat = [Image.new("RGB", (8, 8), colour) for colour in ("lime", "blue")]
+    gif = _encoded(flat[0], "GIF", save_all=True, append_images=flat[1:])
+    assert evaluation_pixels(gif, 8)[4, 4].tolist() == [0, 255, 0]
+
+
+def test_orientation_moves_the_pixels() -> None:
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, :8] = 255  # the left half is white; turned by 90 degrees, the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = _encoded(Image.fromarray(pixels), exif=exif)
+    turned = np.asarray(to_rgb(open_image(content, apply_orientation=True)))
+    assert turned.shape == (16, 8, 3)
+    assert (turned[:8] == 255).all()
+    assert (turned[8:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_says_when_it_is_cut(kind: str) -> None:
+    content = _encoded(Image.fromarray(_noise(64, 64)), kind)
+    assert evaluation_pixels(content, 8).shape == (8, 8, 3)
+    with pytest.raises(BadSampleError) as caught:
+        evaluation_pixels(content[: len(content) // 2], 8)
+    assert caught.value.kind == "broken image"
+    assert str(caught.value).startswith("broken image: ")
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    content = _encoded(Image.new("RGB", (10, 10)))
+    assert open_image(content, max_pixels=100).size == (10, 10)

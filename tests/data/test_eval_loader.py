@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +67,88 @@ def test_images_without_captions(tmp_path: Path) -> None:
         index, image_size=16, tokenizer=TOKENIZER, batch_size=8, caption_key=None
     )
     assert batch.captions == ("", "", "")
+
+
+def _loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-eval")]
+
+
+def test_ranks_without_samples_give_empty_batches(tmp_path: Path) -> None:
+    index = index_shards(str(write_shards(tmp_path, pairs=5)))
+    streams = [
+        list(
+            eval_batches(
+                index, image_size=16, tokenizer=TOKENIZER, batch_size=2, rank=rank, world_size=4
+            )
+        )
+        for rank in range(4)
+    ]
+    assert [[len(batch) for batch in stream] for stream in streams] == [[2], [2], [1], [0]]
+    (empty,) = streams[3]
+    assert empty.images.shape == (0, 3, 16, 16)
+    assert empty.images.dtype == torch.uint8
+    assert empty.tokens.shape == (0, 32)
+    assert empty.tokens.dtype == empty.lengths.dtype == torch.int32
+    assert empty.keys == empty.captions == empty.metadata == ()
+
+
+def test_a_batch_of_damaged_samples_is_empty_and_still_counts(tmp_path: Path) -> None:
+    rows = [sample(number) for number in range(6)]
+    for number in (2, 3):
+        rows[number][1]["png"] = b"broken"
+    index = index_shards(str(write_tar(tmp_path / "a.tar", rows)))
+    batches = list(eval_batches(index, image_size=16, tokenizer=TOKENIZER, batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 0, 2]
+    assert [key for batch in batches for key in batch.keys] == [rows[n][0] for n in (0, 1, 4, 5)]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_order_and_content_are_those_of_the_shards(tmp_path: Path, workers: int) -> None:
+    index = index_shards(str(write_shards(tmp_path, pairs=19, per_shard=7)))
+    batches = eval_batches(index, image_size=16, tokenizer=TOKENIZER, batch_size=3, workers=workers)
+    number = 0
+    for batch in batches:
+        assert torch.equal(batch.tokens, TOKENIZER.encode_batch(list(batch.captions))[0])
+        for row, key in enumerate(batch.keys):
+            expected_key, members = sample(number)
+            assert key == expected_key
+            assert batch.captions[row].encode() == members["txt"]
+            assert batch.metadata[row] == json.loads(members["json"])
+            expected = evaluation_pixels(members["png"], 16)
+            assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), expected)
+            number += 1
+    assert number == 19
+
+
+def test_captions_from_json(tmp_path: Path) -> None:
+    index = index_shards(str(write_shards(tmp_path, pairs=2)))
+    (batch,) = eval_batches(
+        index, image_size=16, tokenizer=TOKENIZER, batch_size=4, caption_key="json:label"
+    )
+    assert batch.captions == ("red circle", "green circle")
+
+
+@pytest.mark.timeout(60)
+def test_an_error_reaches_the_consumer_and_the_threads_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_shards(str(write_shards(tmp_path, pairs=12)))
+
+    def fail(texts: list[str]) -> None:
+        raise OSError("the disk is on fire")
+
+    tokenizer = Tokenizer(context_length=32)
+    monkeypatch.setattr(tokenizer, "encode_batch", fail)
+    with pytest.raises(OSError, match="on fire"):
+        list(eval_batches(index, image_size=16, tokenizer=tokenizer, batch_size=1))
+    assert _loader_threads() == []
+
+
+@pytest.mark.timeout(60)
+def test_leaving_early_ends_the_threads(tmp_path: Path) -> None:
+    index = index_shards(str(write_shards(tmp_path, pairs=12)))
+    batches = eval_batches(index, image_size=16, tokenizer=TOKENIZER, batch_size=1)
+    next(batches)
+    assert _loader_threads()
+    batches.close()  # type: ignore[attr-defined]  # it is a generator
+    assert _loader_threads() == []

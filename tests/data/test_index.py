@@ -192,3 +192,105 @@ def test_hash_tells_shards_apart(tmp_path: Path) -> None:
     assert index_shards(str(path)).hash == first
     write_tar(path, PAIRS[:5])
     assert index_shards(str(path)).hash != first
+
+
+@pytest.mark.parametrize("which", ["000000.png", "000005.json"])
+def test_a_zeroed_first_or_last_header(tmp_path: Path, which: str) -> None:
+    path = write_tar(tmp_path / "a.tar", PAIRS)
+    _overwrite(path, _header_of(path, which), b"\0" * BLOCK)
+    rows, problems = scan_shard(path, needs=("txt", "json"))
+    lost = which.partition(".")[0]
+    assert [key for key, _ in rows] == [key for key, _ in PAIRS if key != lost]
+    assert problems[0].kind == "damaged header"
+    size = len(dict(PAIRS)[lost][which.partition(".")[2]])
+    blocks = 1 + -(-size // BLOCK)
+    if which == "000000.png":  # its content is said to be lost, to the byte
+        assert problems[0].reason.startswith(f"{blocks * BLOCK} bytes from byte 0 on")
+
+
+def test_two_zeroed_headers_do_not_end_a_shard_that_goes_on(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "0.tar", PAIRS[:3]).read_bytes()
+    second = write_tar(tmp_path / "1.tar", PAIRS[3:]).read_bytes()
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first + second)
+    assert _keys(joined) == ([key for key, _ in PAIRS], ["damaged header"])
+
+
+@pytest.mark.parametrize("size", [2 * BLOCK, 10240])
+def test_a_tar_without_members(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.tar").write_bytes(b"\0" * size)
+    assert _keys(tmp_path / "a.tar") == ([], [])
+    with pytest.raises(ValueError, match=r"1 shard\(s\), and no usable sample"):
+        index_shards(str(tmp_path))
+
+
+def test_cut_where_a_member_ends(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", PAIRS)
+    path.write_bytes(path.read_bytes()[: _header_of(path, "000003.png")])
+    keys, kinds = _keys(path)
+    assert keys == ["000000", "000001", "000002"]  # what is whole is kept
+    assert kinds == ["truncated shard"]
+
+
+@pytest.mark.timeout(20)
+def test_a_negative_size_does_not_send_the_walk_back(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.png", "a.txt", "b.png", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            if name == "b.png":
+                member.pax_headers = {"size": "-4000"}
+            tar.addfile(member, io.BytesIO(b"abc"))
+    assert _keys(tmp_path / "a.tar") == (["a"], ["damaged header", "missing image"])
+
+
+def test_ustar_prefixes_and_the_oldest_headers(tmp_path: Path) -> None:
+    stem = "p" * 90 + "/" + "q" * 60
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in (f"{stem}.png", f"{stem}.txt", "old.png", "old.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    for name in ("old.png", "old.txt"):  # as tars of 1979: no magic, and a type of zero
+        offset = _header_of(path, name)
+        block = bytearray(path.read_bytes()[offset : offset + BLOCK])
+        block[156:157], block[257:] = b"\0", bytes(BLOCK - 257)
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        _overwrite(path, offset, bytes(block))
+    assert _keys(path) == ([stem, "old"], [])
+
+
+def test_a_size_in_base_256(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", PAIRS)
+    whole = _keys(path)
+    offset = _header_of(path, "000002.png")
+    block = bytearray(path.read_bytes()[offset : offset + BLOCK])
+    block[124:136] = b"\x80" + len(PAIRS[2][1]["png"]).to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    _overwrite(path, offset, bytes(block))
+    assert _keys(path) == whole
+
+
+def test_problems_are_logged_by_name_and_summed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "0.tar", [*PAIRS[:2], ("lone", {"txt": b"x"}), ("other", {"txt": b"x"})])
+    (tmp_path / "1.tar").touch()
+    index_shards(str(tmp_path)).log_problems()
+    said = [record.message for record in caplog.records]
+    assert len(said) == 4
+    assert said[0].startswith("0.tar: lone: missing image")
+    assert said[2].startswith("1.tar: empty shard")
+    assert said[3] == "left out of 2 shard(s): 2 missing image, 1 empty shard"
+
+
+def test_numbers_find_their_shard_across_empty_ones(tmp_path: Path) -> None:
+    for number, rows in enumerate([[], PAIRS[:2], [], PAIRS[2:5], PAIRS[5:]]):
+        write_tar(tmp_path / f"{number}.tar", rows)
+    index = index_shards(str(tmp_path))
+    assert index.sizes == [0, 2, 0, 3, 1]
+    found = [(index[n].shard.stem, index[n].key[-1]) for n in range(len(index))]
+    assert found == [("1", "0"), ("1", "1"), ("3", "2"), ("3", "3"), ("3", "4"), ("4", "5")]

@@ -14,7 +14,7 @@ import torch
 
 from fastclip.data.batch import Batch
 from fastclip.data.loader import DataConfig, TrainLoader
-from fastclip.data.reader import caption_id, sentences
+from fastclip.data.reader import caption_id
 from fastclip.tokenizer import Tokenizer
 from shards import sample, write_shards, write_tar
 
@@ -53,6 +53,10 @@ def _in_order(ranks: list[TrainLoader], steps: int) -> list[str]:
 
 def _same(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
+
+
+def _loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +142,6 @@ def test_what_a_batch_holds(shards: Path) -> None:
     assert torch.equal(batch.lengths, lengths)
 
 
-def test_positives_by_caption() -> None:
-    assert caption_id("A red  Circle") == caption_id("a red circle") != caption_id("a red square")
-    assert 0 <= caption_id("x") < 2**63
-
-
 def test_untrimmed_text_and_plain_positives(shards: Path) -> None:
     with _loader(shards, trim_text=False) as loader:
         batch = next(loader)
@@ -167,19 +166,9 @@ def test_captions_in_json_and_their_sampling(tmp_path: Path) -> None:
         assert {c for b in _take(loader, 9) for c in b.captions} == {"One. Two!", "three"}
     with _loader(path, caption_key="json:texts", sample_sentence=True) as loader:
         assert {c for b in _take(loader, 9) for c in b.captions} == {"One.", "Two!"}
-    assert sentences(" A b.  C!\nd ") == ["A b.", "C!", "d"]
     with (
         _loader(path, caption_key="json:nothing") as loader,
         pytest.raises(ValueError, match=r"cannot be used .*missing caption"),
-    ):
-        next(loader)
-
-
-def test_labels_are_asked_for_by_name(tmp_path: Path) -> None:
-    path = _captioned(tmp_path, {"label": "x"})
-    with (
-        _loader(path, positives="label") as loader,
-        pytest.raises(ValueError, match=r"sample 00000\d has no whole number label_id"),
     ):
         next(loader)
 
@@ -236,7 +225,7 @@ def test_too_much_damage_stops_the_run(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"more than data\.max_bad_fraction=0\.1"),
     ):
         _take(loader, 10)
-    assert not [t for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
+    assert _loader_threads() == []
 
 
 def test_a_closed_loader_says_so(shards: Path) -> None:
@@ -261,3 +250,137 @@ def test_a_closed_loader_says_so(shards: Path) -> None:
 def test_settings_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(train="x", **options)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_each_sample_exactly_once_in_each_of_three_epochs(shards: Path, workers: int) -> None:
+    with _loader(shards, batch_size=7, workers=workers) as loader:
+        keys = Counter(key for batch in _take(loader, 9) for key in batch.keys)
+        assert loader.epoch == 3.0
+    assert keys == {sample(number)[0]: 3 for number in range(21)}
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 6])
+def test_resuming_is_exact_at_any_step(shards: Path, step: int) -> None:
+    options: dict[str, Any] = {"crop_scale": (0.3, 1.0), "positives": "caption", "seed": 5}
+    with _loader(shards, workers=1, **options) as whole:
+        expected = _take(whole, step + 4)
+        with _loader(shards, workers=1, **options) as first:
+            _take(first, step)
+            state = first.state_dict()
+    with _loader(shards, workers=3, prefetch_batches=2, **options) as second:
+        second.load_state_dict(state)
+        for ours, theirs in zip(_take(second, 4), expected[step:], strict=True):
+            assert _same(ours, theirs)
+            assert ours.ids is not None
+            assert theirs.ids is not None
+            assert torch.equal(ours.ids, theirs.ids)
+            assert ours.captions == theirs.captions
+        assert second.state_dict()["position"] == 4 * (step + 4)
+
+
+def test_epochs_cut_the_same_image_differently(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [sample(0)])
+    with _loader(path, batch_size=1, crop_scale=(0.3, 0.9)) as loader:
+        images = [batch.images.numpy().tobytes() for batch in _take(loader, 4)]
+    assert len(set(images)) == 4
+
+
+def test_equal_captions_share_an_id(shards: Path) -> None:
+    with _loader(shards, batch_size=21, positives="caption") as loader:
+        batch = next(loader)
+    assert batch.ids is not None
+    assert batch.ids.dtype == torch.int64
+    assert batch.ids.tolist() == [caption_id(caption) for caption in batch.captions]
+    assert batch.metadata == ({},) * 21  # the json is not even read
+
+
+@pytest.mark.parametrize("label", [True, "3", 1.5, None, 2**63])
+def test_labels_that_are_no_ids_are_named(tmp_path: Path, label: object) -> None:
+    path = _captioned(tmp_path, {"label_id": label})
+    with (
+        _loader(path, positives="label") as loader,
+        pytest.raises(ValueError, match=r"sample 00000\d has no whole number of 64 bits"),
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize(("about", "kind"), [(None, "missing metadata"), (b"{", "broken metadata")])
+def test_labels_without_usable_json(tmp_path: Path, about: bytes | None, kind: str) -> None:
+    rows = [sample(number) for number in range(6)]
+    if about is None:
+        del rows[2][1]["json"]
+    else:
+        rows[2][1]["json"] = about
+    path = write_tar(tmp_path / "a.tar", rows)
+    with _loader(path, positives="label") as loader:
+        keys = {key for batch in _take(loader, 6) for key in batch.keys}
+        assert loader.report() == {kind: 1}
+    assert keys == {sample(number)[0] for number in (0, 1, 3, 4, 5)}
+    with _loader(path) as loader:  # it costs only those who need it
+        assert {key for batch in _take(loader, 6) for key in batch.keys} == keys | {"000002"}
+
+
+def test_less_data_than_one_global_batch_is_an_error(shards: Path) -> None:
+    _loader(shards, batch_size=21).close()
+    _loader(shards, batch_size=7, rank=2, world_size=3).close()
+    for batch_size, world_size in [(22, 1), (8, 3)]:
+        with pytest.raises(ValueError, match=r"a global batch of 2\d pairs is more than the 21"):
+            _loader(shards, batch_size=batch_size, world_size=world_size)
+
+
+def test_a_small_damaged_corpus_stops_the_run_as_well(tmp_path: Path) -> None:
+    rows = [sample(number) for number in range(30)]
+    for _, members in rows[::3]:
+        members["png"] = b"no image"
+    path = write_tar(tmp_path / "a.tar", rows)
+    with (
+        _loader(path, batch_size=30, max_bad_fraction=0.1) as loader,
+        pytest.raises(ValueError, match=r"samples drawn cannot be used \(.*'broken image': 10"),
+    ):
+        _take(loader, 30)
+    with _loader(path, batch_size=30, max_bad_fraction=0.5) as loader:
+        _take(loader, 30)
+        assert loader.report() == {"broken image": 10}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_error_in_a_thread_reaches_the_consumer(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    calls = []
+
+    def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(texts)
+        if len(calls) > 6:
+            raise OSError("the disk is on fire")
+        return TOKENIZER.encode_batch(texts)
+
+    loader = _loader(shards, workers=workers, prefetch_batches=3)
+    tokenizer = Tokenizer(context_length=32)
+    monkeypatch.setattr(tokenizer, "encode_batch", encode)
+    loader.tokenizer = tokenizer
+    with pytest.raises(OSError, match="on fire"):
+        _take(loader, 20)
+    assert _loader_threads() == []
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+@pytest.mark.timeout(60)
+def test_shards_that_vanish_end_the_run_and_do_not_hang_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [sample(number) for number in range(8)])
+    with _loader(path, max_bad_fraction=1.0) as loader:
+        path.unlink()
+        with pytest.raises(ValueError, match=r"100 samples in a row cannot be used .*unreadable"):
+            next(loader)
+    assert _loader_threads() == []
+
+
+def test_closing_joins_the_threads(shards: Path) -> None:
+    with _loader(shards, workers=3, prefetch_batches=6) as loader:
+        next(loader)
+        assert _loader_threads()
+    assert _loader_threads() == []
+    loader.close()  # a second time does no harm

@@ -53,3 +53,48 @@ def test_permutations_are_even() -> None:
 def test_nothing_cannot_be_ordered() -> None:
     with pytest.raises(ValueError, match="nothing to order"):
         Plan([0, 0], 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_ranks_partition_the_stream(world_size: int) -> None:
+    plan, count, batch = Plan([11, 0, 6, 20], seed=9, window=8), 37, 3
+    share = world_size * batch
+    taken = [
+        [step * share + rank * batch + row for step in range(40) for row in range(batch)]
+        for rank in range(world_size)
+    ]
+    stream = [plan(position) for rank in taken for position in rank]
+    assert len(set(stream)) == len(stream) == 40 * share  # no (epoch, sample) twice
+    whole = 40 * share // count
+    for epoch in range(whole):
+        assert sorted(s for e, s in stream if e == epoch) == list(range(count))
+
+
+def test_two_ranks_then_three_take_one_stream() -> None:
+    reference = [Plan([50, 13], seed=2, window=16)(position) for position in range(120)]
+    stream, position = [], 0
+    for world_size, batch, steps in [(2, 5, 4), (3, 4, 5), (1, 20, 1)]:
+        plan = Plan([50, 13], seed=2, window=16)
+        for _ in range(steps):
+            ranks = [range(rank * batch, rank * batch + batch) for rank in range(world_size)]
+            stream += [plan(position + row) for rank in ranks for row in rank]
+            position += world_size * batch
+    assert stream == reference
+
+
+def test_the_caches_stay_small() -> None:
+    plan = Plan([40], seed=0, window=4)
+    for position in range(400):
+        plan(position)
+    assert len(plan._windows) <= 4
+    assert len(plan._shards) <= 4
+    assert [plan(p) for p in range(40)] == [Plan([40], 0, 4)(p) for p in range(40)]
+
+
+def test_orders_do_not_change() -> None:
+    # Pinned, not derived: a checkpoint's position means these samples on every machine and release.
+    order = [Plan([3, 5, 2], seed=7, window=4)(position)[1] for position in range(20)]
+    assert order[:10] == [0, 8, 9, 1, 5, 3, 4, 2, 6, 7]
+    assert order[10:] == [0, 8, 9, 1, 4, 2, 5, 3, 6, 7]
+    assert permutation(8, 1, 2).tolist() == [1, 2, 6, 3, 7, 4, 0, 5]
+    assert mix(1, 2, 3) == 5246500226706903259
