@@ -180,3 +180,14 @@ def test_every_format_says_when_it_is_cut(kind: str) -> None:
 def test_the_limit_itself_is_allowed() -> None:
     content = _encoded(Image.new("RGB", (10, 10)))
     assert open_image(content, max_pixels=100).size == (10, 10)
+
+
+def test_an_empty_file_says_so() -> None:
+    with pytest.raises(BadSampleError, match="the file has 0 bytes"):
+        open_image(b"")
+
+
+def test_a_crop_of_an_image_that_has_the_right_size_is_still_cut() -> None:
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:8, :8] = 255
+    assert (decode(Image.fromarray(pixels), (0.0, 0.0, 6.0, 6.0), 16) == 255).all()

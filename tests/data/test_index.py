@@ -192,6 +192,8 @@ def test_hash_tells_shards_apart(tmp_path: Path) -> None:
     assert index_shards(str(path)).hash == first
     write_tar(path, PAIRS[:5])
     assert index_shards(str(path)).hash != first
+    write_tar(path, [PAIRS[n] for n in (1, 0, 2, 3, 4, 5)])  # as many, at other places
+    assert index_shards(str(path)).hash != first
 
 
 @pytest.mark.parametrize("which", ["000000.png", "000005.json"])

@@ -42,6 +42,7 @@ def test_random_boxes_reach_both_ends() -> None:
 def test_area_and_both_offsets_are_drawn_apart() -> None:
     boxes = np.array([random_crop(100, 100, (0.2, 0.6), 5, 0, sample) for sample in range(500)])
     side = boxes[:, 2] - boxes[:, 0]
+    assert len(set(side)) > 400
     draws = np.stack([side**2, boxes[:, 0] / (100 - side), boxes[:, 1] / (100 - side)])
     assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 0.15
 
