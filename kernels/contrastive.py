@@ -1,366 +1,328 @@
 """The softmax contrastive loss's two passes over S in Triton; see `fastclip.kernels.reference`.
 
-Each program computes one tile of the similarity matrix and leaves partial results: a log-sum-exp
-per row and per column of the tile in the first pass, the tile of G and its part of the scale's
-gradient in the second. A second step adds the partial results up in a fixed order, so that the
-outcome does not depend on scheduling; there are no atomics. The products G·T and Gᵀ·I are matrix
-multiplications of the library’s. A chunk of rows bounds what is held: neither S nor G is whole.
+Each program computes one tile of the similarity matrix and leaves partial results: sums of
+exponentials per row and per column of the tile in the first pass, the tile of G and its part of
+the scale's gradient in the second. Small kernels add the partial results up in a fixed order, so
+that the outcome does not depend on scheduling; there are no atomics. The products G·T and Gᵀ·I are
+matrix multiplications of the library's. Blocks bound what is held: neither S nor G is whole.
 
-The maximum that an exponential is taken relative to is the tile's own, row by row and column by
-column, so that no scale under- or overflows.
+**One exponential per entry** makes both sums of the first pass. |S_ij| ≤ b = |s|·max‖I_i‖·max‖T_j‖
+over a tile, so E = e^(S − shift) with a shift of max(0, ⌊b⌋ − 70) cannot overflow, and no maximum
+is needed. What lies 87 or more below the shift is flushed to zero; that is nothing to a sum of
+e^−50 or more. A tile where a row's or a column's sum is smaller is done once more, relative to its
+true maxima. This is decided on the device, tile by tile: no input under- or overflows, and the host
+never waits.
 
-The own pair is kept out of G, whose low-precision entries cannot hold p_ii − 1 where p_ii is close
-to 1, and added in fp32.
+**Kept exponentials.** E has the exponent range of bf16. Within a memory budget the first pass keeps
+it, and the second multiplies it by e^(shift − O_i)·q_i + e^(shift − O_j)·q_j, O being the others'
+log-sum-exp and q their share, instead of computing S again. Where an O lies too far below the
+tile's shift for E to hold what counts, the tile of G is recomputed after all. The scale's gradient
+is then Σ I·(G·T), since S is not at hand.
+
+No multiplication is fused with an addition: S − max S would then keep what S lost to rounding, and
+at |S| = 1e30 that is no small number.
+
+**Own pairs** are kept out of G, whose low-precision entries cannot hold p_ii − 1 where p_ii is
+close to 1, and added in fp32 (`fastclip.kernels.pairs`).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.reference import ContrastiveGradients, ContrastiveStatistics, split
-from fastclip.kernels.tiling import LOG2_E, capability_of, similarity_tile, tiling
+from fastclip.kernels.contrastive_kernels import (
+    gradient_kernel,
+    regradient_kernel,
+    repair_kernel,
+    rescale_kernel,
+    statistics_kernel,
+)
+from fastclip.kernels.contrastive_sums import (
+    dot_kernel,
+    merge_kernel,
+    scale_kernel,
+    summary_kernel,
+)
+from fastclip.kernels.reference import (
+    ContrastiveProducts,
+    ContrastiveStatistics,
+    ContrastiveSummary,
+    positives_of,
+)
+from fastclip.kernels.tiling import (
+    BLOCK_ELEMENTS,
+    Block,
+    ProductsWithG,
+    Tiling,
+    blocks,
+    capability_of,
+    gain_of,
+    operands,
+    tiling,
+)
 
-CHUNK_ELEMENTS = 1 << 28
-"""Entries of G held at a time (512 MiB in bf16)."""
+REPAIR_TILES = 16
+"""Tiles that one program of a repair looks through."""
 
-FP16_GAIN = 2.0**14
-"""fp16 entries of G are held multiplied by this: |G| ≤ 2, and most entries are below 2⁻¹⁴."""
+DOT_ROWS = 16
+"""Rows of a program that sums dot products."""
 
-
-@triton.jit
-def _targets_tile(
-    row_index,
-    column_index,
-    own,
-    row_ids,
-    column_ids,
-    positives,
-    row_count,
-    column_count,
-    smoothing,
-    HAS_IDS: tl.constexpr,
-):
-    """Targets of a tile: even over a row's positives, smoothed over all."""
-    if HAS_IDS:
-        row_id = tl.load(row_ids + row_index, mask=row_index < row_count, other=0)
-        column_id = tl.load(column_ids + column_index, mask=column_index < column_count, other=0)
-        share = 1.0 / tl.load(positives + row_index, mask=row_index < row_count, other=1.0)
-        hits = tl.where(row_id[:, None] == column_id[None, :], share[:, None], 0.0)
-    else:
-        hits = tl.where(own, 1.0, 0.0)
-    return hits * (1.0 - smoothing) + smoothing / column_count
+RESCALED_ROWS = 32
+"""Rows of a tile that one program rescales: it has no operands to share, only registers to save."""
 
 
-@triton.jit
-def _largest_and_sum(logits, AXIS: tl.constexpr):
-    """A maximum along an axis, 0 where there is nothing, and the sum of exponentials below it.
+def kept_elements(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    memory_budget: int,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> int:
+    """Exponentials of the first whole blocks that fit into the budget (bytes).
 
-    Their logarithm is taken later, in fp64: rounded to fp32 here, it would be off by 4e-6 near 80.
+    None for fp16 operands: their own rounding is finer than that of bf16, and fp16 has too few
+    exponents for exponentials.
     """
-    largest = tl.max(logits, axis=AXIS)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    if AXIS == 1:
-        total = tl.sum(tl.exp2((logits - largest[:, None]) * LOG2_E), axis=1)
-    else:
-        total = tl.sum(tl.exp2((logits - largest[None, :]) * LOG2_E), axis=0)
-    return largest, total
-
-
-@triton.jit
-def statistics_kernel(
-    rows,
-    columns,
-    scale,
-    own_logit,
-    row_ids,
-    column_ids,
-    positives,
-    row_largest,
-    row_sum,
-    column_largest,
-    column_sum,
-    gap_partial,
-    row_count,
-    column_count,
-    dims,
-    row_stride,
-    column_stride,
-    row_offset,
-    smoothing,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_GAP: tl.constexpr,
-):
-    """Maxima and sums of a tile's rows and columns without the own pairs, and the rows' gap."""
-    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
-    row_index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_index = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    products = similarity_tile(
-        rows, columns, row_index, column_index, row_count, column_count, row_stride, column_stride,
-        dims, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    s = tl.load(scale)
-    inside = (row_index[:, None] < row_count) & (column_index[None, :] < column_count)
-    own = (row_index[:, None] + row_offset) == column_index[None, :]
-    others = inside & (own == 0)
-    logits = tl.where(others, products * s, float("-inf"))
-    largest, total = _largest_and_sum(logits, 1)
-    row_place = tile_n.to(tl.int64) * row_count + row_index
-    tl.store(row_largest + row_place, largest, mask=row_index < row_count)
-    tl.store(row_sum + row_place, total, mask=row_index < row_count)
-    largest, total = _largest_and_sum(logits, 0)
-    column_place = tile_m.to(tl.int64) * column_count + column_index
-    tl.store(column_largest + column_place, largest, mask=column_index < column_count)
-    tl.store(column_sum + column_place, total, mask=column_index < column_count)
-    if HAS_GAP:
-        targets = _targets_tile(
-            row_index, column_index, own, row_ids, column_ids, positives, row_count, column_count,
-            smoothing, HAS_IDS,
-        )  # fmt: skip
-        mine = tl.load(own_logit + row_index, mask=row_index < row_count, other=0.0)
-        # Differences before the weighting: large logits of either sign cancel exactly.
-        difference = tl.where(others, mine[:, None] - products * s, 0.0)
-        tl.store(
-            gap_partial + row_place,
-            tl.sum(targets * difference, axis=1),
-            mask=row_index < row_count,
-        )
-
-
-@triton.jit
-def gradient_kernel(
-    rows,
-    columns,
-    scale,
-    row_lse,
-    row_rest,
-    column_lse,
-    column_rest,
-    row_ids,
-    column_ids,
-    positives,
-    gradient,
-    scale_partial,
-    row_count,
-    column_count,
-    dims,
-    row_stride,
-    column_stride,
-    row_offset,
-    smoothing,
-    gain,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
-):
-    """A tile of G = e^{S−R} + e^{S−C} − 2T, own pairs zero, and its part of Σ G·(I·Tᵀ)."""
-    tile_m, tile_n = tl.program_id(0), tl.program_id(1)
-    row_index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column_index = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    products = similarity_tile(
-        rows, columns, row_index, column_index, row_count, column_count, row_stride, column_stride,
-        dims, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    logits = products * tl.load(scale)
-    inside = (row_index[:, None] < row_count) & (column_index[None, :] < column_count)
-    own = (row_index[:, None] + row_offset) == column_index[None, :]
-    # R and C in two parts each: the rounding of one fp32 number would move a whole row of G.
-    r = tl.load(row_lse + row_index, mask=row_index < row_count, other=0.0)
-    r_rest = tl.load(row_rest + row_index, mask=row_index < row_count, other=0.0)
-    c = tl.load(column_lse + column_index, mask=column_index < column_count, other=0.0)
-    c_rest = tl.load(column_rest + column_index, mask=column_index < column_count, other=0.0)
-    g = tl.exp2((logits - r[:, None] - r_rest[:, None]) * LOG2_E)
-    g += tl.exp2((logits - c[None, :] - c_rest[None, :]) * LOG2_E)
-    if HAS_TARGETS:
-        g -= 2.0 * _targets_tile(
-            row_index, column_index, own, row_ids, column_ids, positives, row_count, column_count,
-            smoothing, HAS_IDS,
-        )  # fmt: skip
-    g = tl.where(inside & (own == 0), g, 0.0)
-    place = row_index.to(tl.int64)[:, None] * column_count + column_index[None, :]
-    tl.store(gradient + place, (g * gain).to(gradient.dtype.element_ty), mask=inside)
-    # Per row: the compiler cannot reduce a tile to one number on sm_100.
-    row_place = tile_n.to(tl.int64) * row_count + row_index
-    tl.store(scale_partial + row_place, tl.sum(g * products, axis=1), mask=row_index < row_count)
+    if dtype == torch.float16:
+        return 0
+    kept = 0
+    for block in blocks(rows, columns, block_elements):
+        size = math.prod(block.shape)
+        if (kept + size) * dtype.itemsize > memory_budget:
+            break
+        kept += size
+    return kept
 
 
 def contrastive_statistics(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
+    product: Tensor,
+    row_norm: Tensor,
+    column_norm: Tensor,
     *,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    pair_count: int | None = None,
     label_smoothing: float = 0.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    memory_budget: int = 0,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> ContrastiveStatistics:
     """First pass; arguments and results are `reference.contrastive_statistics`'s (no fp64)."""
     rows, columns, scale = operands(rows, columns, scale)
-    total, count = rows.shape[0], columns.shape[0]
-    own = _own_logits(rows, columns, scale, row_offset)
-    others_of_row, gap = torch.empty_like(own, dtype=torch.float64), torch.zeros_like(own)
-    others_of_column = own.new_full((count,), float("-inf"), dtype=torch.float64)
-    positives = _positives(row_ids, column_ids)
-    tile = tiling(rows.dtype, capability_of(rows))
+    total, count, dims = rows.shape[0], columns.shape[0], rows.shape[1]
+    pairs = pair_count or count
     has_gap = row_ids is not None or label_smoothing > 0
-    for first, last in chunks(total, count, chunk_elements):
-        chunk = rows[first:last]
-        tiles_m, tiles_n = triton.cdiv(last - first, tile.block_m), triton.cdiv(count, tile.block_n)
-        row_partial = own.new_empty((2, tiles_n, last - first))
-        column_partial = own.new_empty((2, tiles_m, count))
-        gap_partial = own.new_empty((tiles_n, last - first)) if has_gap else own
-        statistics_kernel[(tiles_m, tiles_n)](
-            chunk, columns, scale, own[first:last],
-            *_ids(row_ids, column_ids, positives, first, last, own),
-            *row_partial, *column_partial, gap_partial,
-            last - first, count, rows.shape[1], chunk.stride(0), columns.stride(0),
-            row_offset + first, label_smoothing,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            EVEN_K=rows.shape[1] % tile.block_k == 0, HAS_IDS=row_ids is not None, HAS_GAP=has_gap,
-            num_warps=tile.warps, num_stages=tile.stages,
+    others_of_row = product.new_empty(total, dtype=torch.float64)
+    others_of_column = product.new_empty(count, dtype=torch.float64)
+    gap = product.new_zeros(total)
+    if total == 0 or count == 0:  # no block will come
+        others_of_row.fill_(float("-inf"))
+        others_of_column.fill_(float("-inf"))
+    positives = _positives(row_ids, column_ids, positives)
+    tile = tiling(rows.dtype, capability_of(rows))
+    kept = kept_elements(total, count, rows.dtype, memory_budget, block_elements)
+    exponentials = rows.new_empty(kept)
+    options = _gemm_options(tile, dims)
+    held = 0
+    for block in blocks(total, count, block_elements):
+        height, width = block.shape
+        tiles = triton.cdiv(height, tile.block_m), triton.cdiv(width, tile.block_n)
+        chunk, others = rows[block.rows], columns[block.columns]
+        shape = (height, width, dims, chunk.stride(0), others.stride(0), _offset(row_offset, block))
+        row_partial = product.new_empty((2, tiles[1], height))
+        column_partial = product.new_empty((2, tiles[0], width))
+        gap_partial = product.new_empty((tiles[1], height)) if has_gap else product
+        keep = held + height * width <= kept
+        statistics_kernel[tiles](
+            chunk, others, scale, product[block.rows], row_norm[block.rows],
+            column_norm[block.columns], *_ids(row_ids, column_ids, positives, block, product),
+            *row_partial, *column_partial, gap_partial, exponentials[held:] if keep else rows,
+            *shape, label_smoothing, pairs,
+            HAS_IDS=row_ids is not None, HAS_GAP=has_gap, KEEP=keep, **options,
         )  # fmt: skip
-        others_of_row[first:last] = _merged(*row_partial)
-        others_of_column = torch.logaddexp(others_of_column, _merged(*column_partial))
+        repair_kernel[(tiles[0], triton.cdiv(tiles[1], REPAIR_TILES))](
+            chunk, others, scale, *row_partial, *column_partial, *shape,
+            TILES=REPAIR_TILES, **options,
+        )  # fmt: skip
+        merge_kernel[(triton.cdiv(height, 128) + triton.cdiv(width, 128),)](
+            *row_partial, *column_partial, others_of_row[block.rows],
+            others_of_column[block.columns], height, width, *tiles,
+            ADD_ROWS=not block.first_of_rows, ADD_COLUMNS=not block.first_of_columns,
+            BLOCK=128, TILES=16, num_warps=4,
+        )  # fmt: skip
         if has_gap:
-            gap[first:last] = gap_partial.sum(0)
-    return ContrastiveStatistics(others_of_row, others_of_column, own, gap)
+            gap[block.rows] += gap_partial.sum(0)
+        held += height * width
+    return ContrastiveStatistics(others_of_row, others_of_column, gap, exponentials)
 
 
-def contrastive_gradients(
+def contrastive_summary(
+    others_of_row: Tensor,
+    others_of_column: Tensor,
+    product_of_column: Tensor,
+    scale: Tensor,
+    gap: Tensor,
+    own_target: Tensor | None,
+    *,
+    row_offset: int = 0,
+    pair_count: int | None = None,
+) -> ContrastiveSummary:
+    """Between the passes; `reference.contrastive_summary` (no fp64), powers being those of 2."""
+    rows, count = others_of_row.shape[0], others_of_column.shape[0]
+    loss, own_entry = gap.new_empty(()), gap.new_empty(rows)
+    row_terms, column_terms = gap.new_empty((2, rows)), gap.new_empty((2, count))
+    summary_kernel[(1,)](
+        others_of_row, others_of_column, product_of_column, scale.float().reshape(()), gap,
+        gap if own_target is None else own_target,
+        loss, *row_terms, *column_terms, own_entry, rows, count, row_offset,
+        pair_count or count,
+        HAS_TARGET=own_target is not None, BLOCK=1024, num_warps=8,
+    )  # fmt: skip
+    return ContrastiveSummary(loss, row_terms, column_terms, own_entry)
+
+
+def contrastive_products(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
-    others_of_row: Tensor,
-    others_of_column: Tensor,
-    own_of_column: Tensor,
+    product: Tensor,
+    row_norm: Tensor,
+    column_norm: Tensor,
+    row_terms: Tensor,
+    column_terms: Tensor,
+    own_entry: Tensor,
+    exponentials: Tensor,
+    upstream: Tensor,
     *,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    pair_count: int | None = None,
     label_smoothing: float = 0.0,
     need_rows: bool = True,
     need_columns: bool = True,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> ContrastiveGradients:
-    """Second pass; arguments and results are `reference.contrastive_gradients`'s (no fp64)."""
-    rows, columns, scale = operands(rows, columns, scale)
-    total, count = rows.shape[0], columns.shape[0]
-    own_slice = slice(row_offset, row_offset + total)
-    own = own_of_column[own_slice]
-    row_lse = split(torch.logaddexp(others_of_row, own.double()), torch.float32)
-    column_lse = split(torch.logaddexp(others_of_column, own_of_column.double()), torch.float32)
-    positives = _positives(row_ids, column_ids)
-    own_entry = -torch.sigmoid((others_of_row - own).float())
-    own_entry -= torch.sigmoid((others_of_column[own_slice] - own).float())
-    if row_ids is not None or label_smoothing > 0:
-        share = 1.0 / positives if positives is not None else torch.ones_like(own)
-        own_entry += 2 * (1 - share * (1 - label_smoothing) - label_smoothing / count)
-    gain = FP16_GAIN if rows.dtype == torch.float16 else 1.0
+    block_elements: int = BLOCK_ELEMENTS,
+) -> ContrastiveProducts:
+    """Second pass; arguments and results are `reference.contrastive_products`'s (no fp64)."""
+    rows, columns, scale, upstream = operands(rows, columns, scale, upstream)
+    total, count, dims = rows.shape[0], columns.shape[0], rows.shape[1]
     tile = tiling(rows.dtype, capability_of(rows))
-    d_rows = rows.new_empty(rows.shape, dtype=torch.float32) if need_rows else None
-    d_columns = columns.new_zeros(columns.shape, dtype=torch.float32) if need_columns else None
-    d_scale = own.new_zeros(())
-    for first, last in chunks(total, count, chunk_elements):
-        chunk = rows[first:last]
-        grid = (triton.cdiv(last - first, tile.block_m), triton.cdiv(count, tile.block_n))
-        gradient = rows.new_empty((last - first, count))
-        scale_partial = own.new_empty((grid[1], last - first))
-        gradient_kernel[grid](
-            chunk, columns, scale, *(part[first:last] for part in row_lse), *column_lse,
-            *_ids(row_ids, column_ids, positives, first, last, own),
-            gradient, scale_partial,
-            last - first, count, rows.shape[1], chunk.stride(0), columns.stride(0),
-            row_offset + first, label_smoothing, gain,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            EVEN_K=rows.shape[1] % tile.block_k == 0, HAS_IDS=row_ids is not None,
-            HAS_TARGETS=row_ids is not None or label_smoothing > 0,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        d_scale += scale_partial.sum()
-        if d_rows is not None:
-            d_rows[first:last] = matmul_fp32(gradient, columns)
-        if d_columns is not None:
-            d_columns += matmul_fp32(gradient.T, chunk)
-    d_scale += (own_entry * _own_products(rows, columns, row_offset)).sum()
-    factor = scale / (2 * count)
-    if d_rows is not None:
-        d_rows.div_(gain).addcmul_(own_entry[:, None], columns[own_slice].float()).mul_(factor)
-    if d_columns is not None:
-        d_columns.div_(gain)
-        d_columns[own_slice].addcmul_(own_entry[:, None], rows.float())
-        d_columns.mul_(factor)
-    return ContrastiveGradients(d_rows, d_columns, d_scale / (2 * count))
+    options = _gemm_options(tile, dims)
+    targets = {
+        "HAS_IDS": row_ids is not None,
+        "HAS_TARGETS": row_ids is not None or label_smoothing > 0,
+    }
+    pairs, gain = pair_count or count, gain_of(rows.dtype)
+    positives = _positives(row_ids, column_ids, positives)
+    strip = min(RESCALED_ROWS, tile.block_m)
+    kept = exponentials.numel()
+    # S is not at hand where E was kept: the scale's gradient then comes from a tower's products.
+    rows_too = need_rows or (kept > 0 and not need_columns)
+    products = ProductsWithG(rows, columns, rows_too, need_columns, gain)
+    partials, held = [product.new_empty(0)], 0
+    for block in blocks(total, count, block_elements):
+        height, width = block.shape
+        tiles = triton.cdiv(height, tile.block_m), triton.cdiv(width, tile.block_n)
+        chunk, others = rows[block.rows], columns[block.columns]
+        offset = _offset(row_offset, block)
+        shape = (height, width, dims, chunk.stride(0), others.stride(0), offset)
+        gradient = rows.new_empty((height, width))
+        terms = (*row_terms[:, block.rows], *column_terms[:, block.columns])
+        norms = (row_norm[block.rows], column_norm[block.columns])
+        ids = _ids(row_ids, column_ids, positives, block, product)
+        if held + height * width <= kept:
+            strips = tiles[0] * (tile.block_m // strip)
+            rescale_kernel[(strips, tiles[1])](
+                exponentials[held:], scale, *terms, *norms, *ids, gradient,
+                height, width, offset, label_smoothing, pairs, gain,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=strip,
+                num_warps=tile.warps, enable_fp_fusion=False, **targets,
+            )  # fmt: skip
+            regradient_kernel[(strips, triton.cdiv(tiles[1], REPAIR_TILES))](
+                chunk, others, scale, *terms, *norms, *ids, gradient, *shape,
+                label_smoothing, pairs, gain,
+                BLOCK_R=strip, TILES=REPAIR_TILES, **options, **targets,
+            )  # fmt: skip
+        else:
+            partials.append(product.new_empty(tiles[0] * tiles[1]))
+            gradient_kernel[tiles](
+                chunk, others, scale, *terms, *ids, gradient, partials[-1], *shape,
+                label_smoothing, pairs, gain, **options, **targets,
+            )  # fmt: skip
+        products.add(gradient, block)
+        held += height * width
+    of_rows, of_columns = products.finish()
+    if kept and of_rows is not None:
+        partials = [_dots(rows, of_rows)]
+    elif kept and of_columns is not None:
+        partials = [_dots(columns, of_columns)]
+    partial = torch.cat(partials) if len(partials) > 2 else partials[-1]
+    d_scale = product.new_empty(())
+    scale_kernel[(1,)](
+        partial, own_entry, product, upstream, d_scale, partial.numel(), total, 0.5 / pairs,
+        BLOCK=1024, num_warps=8,
+    )  # fmt: skip
+    return ContrastiveProducts(of_rows if need_rows else None, of_columns, d_scale)
 
 
-def operands(rows: Tensor, columns: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
-    """Features with neighbouring dims, and scalars as fp32 []."""
-    if rows.dtype == torch.float64:
-        raise TypeError("the Triton kernels take fp32, bf16 and fp16; use the reference for fp64")
-    features = (x if x.stride(-1) == 1 else x.contiguous() for x in (rows, columns))
-    return (*features, *(scalar.float().reshape(()) for scalar in scalars))
+def _dots(features: Tensor, products: Tensor) -> Tensor:
+    """Parts of Σ G·(I·Tᵀ), from one tower and its products."""
+    count, dims = features.shape
+    parts = products.new_empty(triton.cdiv(count, DOT_ROWS))
+    dot_kernel[(parts.shape[0],)](
+        features, products, parts, count, dims, features.stride(0),
+        BLOCK_B=DOT_ROWS, BLOCK_D=256, num_warps=4,
+    )  # fmt: skip
+    return parts
 
 
-def _merged(largest: Tensor, total: Tensor) -> Tensor:
-    """Log-sum-exp over tiles, fp64, of their maxima and sums [tiles, …]."""
-    largest = largest.double().masked_fill(total == 0, float("-inf"))
-    shift = largest.amax(0)
-    shift = shift.masked_fill(shift == float("-inf"), 0.0)
-    return (total * (largest - shift).exp()).sum(0).log() + shift
-
-
-def _own_products(rows: Tensor, columns: Tensor, row_offset: int) -> Tensor:
-    """Dot product of each pair, fp32 [b]."""
-    own = columns[row_offset : row_offset + rows.shape[0]]
-    return (rows.float() * own.float()).sum(1)
-
-
-def _own_logits(rows: Tensor, columns: Tensor, scale: Tensor, row_offset: int) -> Tensor:
-    return scale * _own_products(rows, columns, row_offset)
-
-
-def _positives(row_ids: Tensor | None, column_ids: Tensor | None) -> Tensor | None:
-    """How many columns share each row's id, fp32 [b]."""
-    if row_ids is None or column_ids is None:
-        return None
-    ordered = column_ids.sort().values
-    last = torch.searchsorted(ordered, row_ids, right=True)
-    return (last - torch.searchsorted(ordered, row_ids)).float()
+def _positives(
+    row_ids: Tensor | None, column_ids: Tensor | None, positives: Tensor | None
+) -> Tensor | None:
+    if positives is not None or row_ids is None or column_ids is None:
+        return positives
+    return positives_of(row_ids, column_ids)
 
 
 def _ids(
     row_ids: Tensor | None,
     column_ids: Tensor | None,
     positives: Tensor | None,
-    first: int,
-    last: int,
+    block: Block,
     unused: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels' three pointers; anything where there are no ids, since they are not read."""
     if row_ids is None or column_ids is None or positives is None:
         return unused, unused, unused
-    return row_ids[first:last].contiguous(), column_ids.contiguous(), positives[first:last]
+    return (
+        row_ids[block.rows].contiguous(),
+        column_ids[block.columns].contiguous(),
+        positives[block.rows],
+    )
 
 
-def chunks(rows: int, count: int, chunk_elements: int) -> list[tuple[int, int]]:
-    """First and last row of each chunk; whole tiles, at least one."""
-    size = max(128, chunk_elements // max(count, 1) // 128 * 128)
-    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+def _offset(row_offset: int, block: Block) -> int:
+    """Index of the block's first row's own column among the block's columns."""
+    return row_offset + block.rows.start - block.columns.start
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result, whatever the operands' dtype."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _gemm_options(tile: Tiling, dims: int) -> dict[str, int | bool]:
+    """What every kernel with a product is launched with."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "EVEN_K": dims % tile.block_k == 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": False,
+    }

@@ -1,8 +1,8 @@
-"""The sigmoid loss's passes over S in Triton; see `fastclip.kernels.reference`.
+"""The sigmoid loss's pass over S in Triton; see `fastclip.kernels.reference`.
 
-Every entry is its own yes-or-no question, so one pass would do for loss and gradient together;
-they are two functions because a forward without backward needs no G. Tiles, partial results and
-chunks are `fastclip.kernels.contrastive`'s.
+Every entry is its own yes-or-no question, so one pass makes the loss and G together; where no
+gradient is wanted, the loss alone. Tiles, partial results, blocks and the own pairs' place outside
+of G are as in `fastclip.kernels.contrastive`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.contrastive import (
-    CHUNK_ELEMENTS,
-    FP16_GAIN,
-    chunks,
-    matmul_fp32,
+from fastclip.kernels.reference import SigmoidProducts
+from fastclip.kernels.tiling import (
+    BLOCK_ELEMENTS,
+    LOG2_E,
+    Block,
+    ProductsWithG,
+    blocks,
+    capability_of,
+    gain_of,
     operands,
+    similarity_tile,
+    tiling,
 )
-from fastclip.kernels.reference import SigmoidGradients
-from fastclip.kernels.tiling import LN_2, LOG2_E, capability_of, similarity_tile, tiling
 
 
 @triton.jit
@@ -36,6 +40,23 @@ def _positive_tile(
     else:
         positive = (row_index[:, None] + row_offset) == column_index[None, :]
     return positive
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1]: x times a polynomial, relative error 1.6e-7 in fp32.
+
+    Interpolated at Chebyshev's nodes. The hardware's logarithm of 1 + x would lose a small x.
+    """
+    p = 0.01954252743780671 - 0.0031760570527694654 * x
+    p = -0.056373613209643736 + p * x
+    p = 0.10543623839523661 + p * x
+    p = -0.15269667104466478 + p * x
+    p = 0.19663274269437397 + p * x
+    p = -0.2495161626572586 + p * x
+    p = 0.33329710499262943 + p * x
+    p = -0.49999892648080163 + p * x
+    return (0.9999999946562934 + p * x) * x
 
 
 @triton.jit
@@ -64,7 +85,10 @@ def sigmoid_kernel(
     HAS_IDS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
-    """A tile's sum of −log σ(±logit), or its part of G = ∓σ(∓logit) and of scale's and bias's."""
+    """A tile's sum of −log σ(±logit); its G = ∓σ(∓logit) and parts of scale's and bias's gradients.
+
+    Own pairs are left out of G, but are in the sums.
+    """
     tile_m, tile_n = tl.program_id(0), tl.program_id(1)
     row_index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column_index = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,26 +104,19 @@ def sigmoid_kernel(
     wrong = tl.where(positive, -logits, logits)  # how far the answer is on the wrong side
     # Both branches of log(1 + e^x) and of its derivative from one exponential of −|x|.
     small = tl.exp2(-tl.abs(wrong) * LOG2_E)
-    row_place = tile_n.to(tl.int64) * row_count + row_index
-    row_inside = row_index < row_count
+    tile_place = tile_m * tl.num_programs(1) + tile_n
+    softplus = tl.where(wrong > 0, wrong, 0.0) + _log1p(small)
+    softplus = tl.where(inside, softplus, 0.0)
+    tl.store(loss_partial + tile_place, tl.sum(tl.sum(softplus, axis=1)))
     if WITH_GRADIENT:
         slope = tl.where(wrong > 0, 1.0, small) / (1.0 + small)
-        slope = tl.where(wrong == wrong, slope, wrong)  # NaN stays NaN
         g = tl.where(inside, tl.where(positive, -slope, slope), 0.0)
+        own = (row_index[:, None] + row_offset) == column_index[None, :]
         place = row_index.to(tl.int64)[:, None] * column_count + column_index[None, :]
-        tl.store(gradient + place, (g * gain).to(gradient.dtype.element_ty), mask=inside)
-        tl.store(scale_partial + row_place, tl.sum(g * products, axis=1), mask=row_inside)
-        tl.store(bias_partial + row_place, tl.sum(g, axis=1), mask=row_inside)
-    else:
-        # log(1 + small) by Kahan: what rounding did to 1 + small is divided out again.
-        rounded = 1.0 + small
-        moved = rounded - 1.0
-        scaled = tl.log2(rounded) * LN_2 * (small / tl.where(moved == 0.0, 1.0, moved))
-        tail = tl.where(moved == 0.0, small, scaled)
-        softplus = tl.where(wrong > 0, wrong, 0.0) + tail
-        softplus = tl.where(wrong == wrong, softplus, wrong)
-        softplus = tl.where(inside, softplus, 0.0)
-        tl.store(loss_partial + row_place, tl.sum(softplus, axis=1), mask=row_inside)
+        kept = tl.where(own, 0.0, g * gain)
+        tl.store(gradient + place, kept.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(scale_partial + tile_place, tl.sum(tl.sum(g * products, axis=1)))
+        tl.store(bias_partial + tile_place, tl.sum(tl.sum(g, axis=1)))
 
 
 def sigmoid_loss(
@@ -111,56 +128,46 @@ def sigmoid_loss(
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    pair_count: int | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> Tensor:
     """This rank's rows' part of the loss; `reference.sigmoid_loss` (no fp64)."""
     rows, columns, scale, bias = operands(rows, columns, scale, bias)
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for first, last in chunks(rows.shape[0], columns.shape[0], chunk_elements):
-        partial = _launch(
-            rows, columns, scale, bias, row_offset, row_ids, column_ids, first, last, None
-        )
-        total += partial[0].sum(dtype=torch.float64)
-    return total / columns.shape[0]
+    sums = scale.new_zeros(3, dtype=torch.float64)
+    for block in blocks(rows.shape[0], columns.shape[0], block_elements):
+        sums += _launch(rows, columns, scale, bias, row_offset, row_ids, column_ids, block, None)
+    return (sums[0] / (pair_count or columns.shape[0])).float()
 
 
-def sigmoid_gradients(
+def sigmoid_products(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
     bias: Tensor,
+    product: Tensor,
     *,
     row_offset: int = 0,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
+    pair_count: int | None = None,
     need_rows: bool = True,
     need_columns: bool = True,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> SigmoidGradients:
-    """Gradients of `sigmoid_loss`; `reference.sigmoid_gradients` (no fp64)."""
+    block_elements: int = BLOCK_ELEMENTS,
+) -> SigmoidProducts:
+    """`reference.sigmoid_products` (no fp64)."""
     rows, columns, scale, bias = operands(rows, columns, scale, bias)
     count = columns.shape[0]
-    d_rows = rows.new_empty(rows.shape, dtype=torch.float32) if need_rows else None
-    d_columns = columns.new_zeros(columns.shape, dtype=torch.float32) if need_columns else None
-    d_scale, d_bias = scale.new_zeros(()), bias.new_zeros(())
-    gain = FP16_GAIN if rows.dtype == torch.float16 else 1.0
-    for first, last in chunks(rows.shape[0], count, chunk_elements):
-        gradient = rows.new_empty((last - first, count))
-        _, scale_partial, bias_partial = _launch(
-            rows, columns, scale, bias, row_offset, row_ids, column_ids, first, last, gradient
+    products = ProductsWithG(rows, columns, need_rows, need_columns, gain_of(rows.dtype))
+    sums = scale.new_zeros(3, dtype=torch.float64)
+    for block in blocks(rows.shape[0], count, block_elements):
+        gradient = rows.new_empty(block.shape)
+        sums += _launch(
+            rows, columns, scale, bias, row_offset, row_ids, column_ids, block, gradient
         )
-        d_scale += scale_partial.sum()
-        d_bias += bias_partial.sum()
-        if d_rows is not None:
-            d_rows[first:last] = matmul_fp32(gradient, columns)
-        if d_columns is not None:
-            d_columns += matmul_fp32(gradient.T, rows[first:last])
-    factor = scale / (count * gain)
-    if d_rows is not None:
-        d_rows *= factor
-    if d_columns is not None:
-        d_columns *= factor
-    return SigmoidGradients(d_rows, d_columns, d_scale / count, d_bias / count)
+        products.add(gradient, block)
+    own_entry = -torch.sigmoid(-(scale * product + bias))
+    loss, d_scale, d_bias = (sums / (pair_count or count)).float()
+    return SigmoidProducts(loss, *products.finish(), d_scale, d_bias, own_entry)
 
 
 def _launch(
@@ -171,25 +178,25 @@ def _launch(
     row_offset: int,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
-    first: int,
-    last: int,
+    block: Block,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial sums of rows `first` to `last`: loss, scale's and bias's gradient."""
-    chunk, count, dims = rows[first:last], columns.shape[0], rows.shape[1]
-    tile = tiling(rows.dtype, capability_of(rows))
-    grid = (triton.cdiv(last - first, tile.block_m), triton.cdiv(count, tile.block_n))
-    partial = scale.new_empty((3, grid[1], last - first))
+) -> Tensor:
+    """A block's sums, fp64 [3]: loss, scale's and bias's gradient (0 without G)."""
+    (height, width), dims = block.shape, rows.shape[1]
+    chunk, others = rows[block.rows], columns[block.columns]
+    tile = tiling(rows.dtype, capability_of(rows), narrow=gradient is not None)
+    grid = (triton.cdiv(height, tile.block_m), triton.cdiv(width, tile.block_n))
+    partial = scale.new_zeros((3, *grid))
     has_ids = row_ids is not None and column_ids is not None
     sigmoid_kernel[grid](
-        chunk, columns, scale, bias,
-        row_ids[first:last].contiguous() if has_ids else scale,
-        column_ids.contiguous() if has_ids else scale,
+        chunk, others, scale, bias,
+        row_ids[block.rows].contiguous() if has_ids else scale,
+        column_ids[block.columns].contiguous() if has_ids else scale,
         partial[0], gradient if gradient is not None else partial, partial[1], partial[2],
-        last - first, count, dims, chunk.stride(0), columns.stride(0), row_offset + first,
-        FP16_GAIN if rows.dtype == torch.float16 else 1.0,
+        height, width, dims, chunk.stride(0), others.stride(0),
+        row_offset + block.rows.start - block.columns.start, gain_of(rows.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         EVEN_K=dims % tile.block_k == 0, HAS_IDS=has_ids, WITH_GRADIENT=gradient is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return partial[0], partial[1], partial[2]
+    return partial.sum((1, 2), dtype=torch.float64)

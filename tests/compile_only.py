@@ -25,15 +25,15 @@ class Needs:
     """Resources of a compiled kernel."""
 
     registers: int
-    stack: int
-    """Bytes of local memory per thread; more than 0 means that registers were spilled."""
+    spilled: int
+    """Bytes of registers that a thread stores to and loads from local memory."""
 
     shared: int
     matrix_instructions: int
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, **options: int
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, **options: Any
 ) -> Needs:
     """Compile `kernel` for sm_`capability` as a launch with aligned pointers and sizes would.
 
@@ -59,7 +59,7 @@ def compile_kernel(
     registers, stack = _resources(compiled.asm["cubin"])
     return Needs(
         registers,
-        stack,
+        _spilled(compiled.asm["ptx"], capability, options) if stack else 0,
         compiled.metadata.shared,
         len(_MATRIX_INSTRUCTION.findall(compiled.asm["ptx"])),
     )
@@ -81,3 +81,24 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     assert found is not None, printed
     return int(found[1]), int(found[2])
+
+
+def _spilled(ptx: str, capability: int, options: dict[str, Any]) -> int:
+    """What the assembler says of spills: a stack alone can have other reasons."""
+    knobs = triton.knobs.nvidia  # pyright: ignore[reportAttributeAccessIssue]
+    tool = knobs.ptxas_blackwell if capability >= 100 else knobs.ptxas
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        fusion = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
+        printed = subprocess.run(
+            [tool.path, "-v", *fusion, f"--gpu-name={target[1]}", source, "-o", f"{source}.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    counts = re.findall(r"(\d+) bytes spill (?:stores|loads)", printed)
+    assert len(counts) == 2, printed
+    return sum(map(int, counts))

@@ -37,7 +37,7 @@ def run_ranks(
         worker.join()
     failures = sorted(run.glob("error-*"))
     if failures:
-        raise AssertionError(failures[0].name + "\n" + failures[0].read_text())
+        raise AssertionError("\n".join(f"{f.name}\n{f.read_text()}" for f in failures))
     codes = [worker.exitcode for worker in workers]
     assert codes == [0] * world_size, f"exit statuses {codes}"
     return [torch.load(run / f"result-{rank}", weights_only=False) for rank in range(world_size)]

@@ -62,8 +62,9 @@ def agree(
     ids: Tensor | None,
     group: ProcessGroup | None,
     local: bool,
+    *options: bool,
 ) -> Ranks:
-    """Check the features here, then compare shapes and dtypes with the other ranks.
+    """Check the features here, then compare shapes, dtypes and options with the other ranks.
 
     Raises:
         TypeError, ValueError: the input does not fit. When ranks disagree, or one of them has bad
@@ -78,22 +79,29 @@ def agree(
         return Ranks(group, sizes, 0)
     if world_size(group) < 1:
         raise ValueError("this process is not in the loss's group: only its members may call")
-    own = [0, 0, 0, 0, 1]
+    own = [0, 0, 0, 0, 0, 0, 1]
     if problem is None:
         shape = image_features.shape
-        own = [shape[0], shape[1], _DTYPES.index(image_features.dtype), int(ids is not None), 0]
+        dtypes = (image_features.dtype, operand_dtype(image_features))
+        flags = sum(1 << place for place, option in enumerate(options) if option)
+        own = [*shape, *map(_DTYPES.index, dtypes), int(ids is not None), flags, 0]
     rows = all_gather_integers(own, image_features.device, group)
     if problem is not None:
         raise problem
-    broken = [index for index, row in enumerate(rows) if row[4]]
+    broken = [index for index, row in enumerate(rows) if row[-1]]
     if broken:
         raise ValueError(f"rank {broken[0]} got features that the loss refuses; see its error")
     for index, row in enumerate(rows):
-        if row[1:4] != rows[0][1:4]:
+        if row[1:5] != rows[0][1:5]:
             raise ValueError(
                 f"ranks disagree: rank 0 has {_describe(rows[0])}, rank {index} has "
                 f"{_describe(row)}; every rank passes the same dimension and dtype, and ids on "
                 "all or on none"
+            )
+        if row[5] != rows[0][5]:
+            raise ValueError(
+                f"ranks disagree: rank {index} calls the loss with other options (normalize, ring) "
+                "than rank 0"
             )
     sizes = [row[0] for row in rows]
     _check_not_empty(sizes)
@@ -137,8 +145,17 @@ def _check_not_empty(sizes: list[int]) -> None:
 
 
 def _describe(row: list[int]) -> str:
-    with_ids = "with" if row[3] else "without"
-    return f"D={row[1]} {_DTYPES[row[2]]} {with_ids} ids"
+    with_ids = "with" if row[4] else "without"
+    autocast = "" if row[2] == row[3] else f" under autocast to {_DTYPES[row[3]]}"
+    return f"D={row[1]} {_DTYPES[row[2]]}{autocast} {with_ids} ids"
+
+
+def operand_dtype(features: Tensor) -> torch.dtype:
+    """In which features are multiplied: autocast's dtype where it is on, as for any product."""
+    device = features.device.type
+    if features.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return features.dtype
 
 
 def scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor:
@@ -149,7 +166,8 @@ def scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor:
     """
     if not isinstance(value, Tensor):
         dtype = compute_dtype(like.dtype)
-        return torch.tensor(float(value), dtype=dtype, device=like.device)
+        # A fill, not a copy from the host, which a CUDA graph could not capture.
+        return torch.full((), float(value), dtype=dtype, device=like.device)
     if value.shape not in ((), (1,)):
         raise ValueError(f"{name} is one number, of shape [] or [1], not {list(value.shape)}")
     if value.device != like.device:

@@ -10,72 +10,119 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from fastclip.distributed.collectives import all_gather_rows, reduce_scatter_rows, world_size
 from fastclip.losses.common import (
     LossGradients,
-    Ranks,
     agree,
     check_module_arguments,
+    operand_dtype,
     refuse_second_derivative,
     scalar,
 )
+from fastclip.losses.ring import Block, ring_lap
+from fastclip.losses.stripe import Settings, Stripe, as_gradients
 from fastclip.ops.dispatch import Impl
-from fastclip.ops.sigmoid import sigmoid_gradients, sigmoid_loss
+from fastclip.ops.sigmoid import sigmoid_loss, sigmoid_products
 
 
-class _Stripe:
-    """This rank's rows against all columns."""
+class _SigmoidStripe(Stripe):
+    """One pass makes loss and gradients: where a backward may follow, the forward makes both."""
 
-    def __init__(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        ids: Tensor | None,
-        ranks: Ranks,
-        local: bool,
-        impl: Impl,
-    ) -> None:
-        self.ranks = ranks
-        self.impl = impl
-        self.alone = local or world_size(ranks.group) == 1
-        self.operands = (
-            image_features,
-            self._gather(text_features),
-            logit_scale.reshape(()),
-            logit_bias.reshape(()),
+    def forward(self, bias: Tensor, need: tuple[bool, bool] | None) -> Tensor:
+        """The global loss, [], fp32 (fp64 for fp64 features).
+
+        Args:
+            need: which features' gradients are wanted; None: no gradient is.
+        """
+        self.bias = bias.reshape(())
+        if need is None:
+            return self.sum(self.loss())
+        loss, *self.products, own_entry = self.loss_and_products(need)
+        self.own_entry = own_entry
+        return self.sum(loss)
+
+    def backward(self, need: tuple[bool, bool], upstream: Tensor) -> LossGradients:
+        """Gradients by the rank convention; features' in their dtype, not needed ones [0]."""
+        row_products, column_products, d_scale, d_bias = self.products
+        features = self.finish(row_products, column_products, self.own_entry, upstream, need, 1)
+        return as_gradients(self, *features, d_scale * upstream, d_bias * upstream)
+
+    def loss(self) -> Tensor:
+        """This rank's part of the loss."""
+        raise NotImplementedError
+
+    def loss_and_products(self, need: tuple[bool, bool]) -> tuple[Tensor, ...]:
+        """`sigmoid_products` of this rank's rows, the columns' products being back home."""
+        raise NotImplementedError
+
+
+class _GatheredStripe(_SigmoidStripe):
+    """The rows against all columns at once."""
+
+    def loss(self) -> Tensor:
+        operands, ids = self._gathered()
+        return sigmoid_loss(*operands, *ids, self.impl)
+
+    def loss_and_products(self, need: tuple[bool, bool]) -> tuple[Tensor, ...]:
+        operands, ids = self._gathered()
+        loss, of_rows, of_columns, *rest = sigmoid_products(
+            *operands, self.product, *ids, *need, self.impl
         )
-        self.ids = (ids, None if ids is None else self._gather(ids))
+        return loss, of_rows, self.scatter(of_columns), *rest
 
-    def forward(self) -> Tensor:
-        """The global loss, [], fp32 (fp64 for fp64 features)."""
-        loss = self._sum(sigmoid_loss(*self.operands, *self.ids, self.ranks.offset, self.impl))
-        wide = self.operands[0].dtype == torch.float64
-        return loss if wide else loss.float()
+    def _gathered(self) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        column_ids = None if self.row_ids is None else self.gather(self.row_ids)
+        operands = (self.rows, self.gather(self.own_columns), self.scale, self.bias)
+        return operands, (self.row_ids, column_ids, self.ranks.count, self.ranks.offset)
 
-    def backward(self, need_rows: bool, need_columns: bool) -> LossGradients:
-        """Gradients by the rank convention, in the compute dtype."""
-        d_image, d_text, d_scale, d_bias = sigmoid_gradients(
-            *self.operands, *self.ids, self.ranks.offset, need_rows, need_columns, self.impl
-        )
-        ranks = 1 if self.alone else world_size(self.ranks.group)
-        if not self.alone and need_columns:
-            d_text = reduce_scatter_rows(d_text, self.ranks.sizes, self.ranks.group)
-        both = self._sum(torch.stack((d_scale, d_bias)))
-        return LossGradients(d_image.mul_(ranks), d_text.mul_(ranks), both[0], both[1])
 
-    def _gather(self, x: Tensor) -> Tensor:
-        return x if self.alone else all_gather_rows(x, self.ranks.sizes, self.ranks.group)
+class _RingStripe(_SigmoidStripe):
+    """The rows against one rank's columns after the other; no rank ever holds a whole tower."""
 
-    def _sum(self, x: Tensor) -> Tensor:
-        if not self.alone:
-            dist.all_reduce(x, group=self.ranks.group)
-        return x
+    def loss(self) -> Tensor:
+        loss = self.product.new_zeros(())
+
+        def visit(block: Block, carried: Tensor) -> Tensor:
+            nonlocal loss
+            operands = (self.rows, block.columns, self.scale, self.bias)
+            loss = loss + sigmoid_loss(*operands, *self._ids(block), self.impl)
+            return carried
+
+        ring_lap(self.own_block(), self.product.new_empty((len(self.rows), 0)), self.ranks, visit)
+        return loss
+
+    def loss_and_products(self, need: tuple[bool, bool]) -> tuple[Tensor, ...]:
+        sums = [self.product.new_zeros(()) for _ in range(4)]  # loss, rows' products, scale, bias
+        own_entry = self.product
+
+        def visit(block: Block, carried: Tensor) -> Tensor:
+            nonlocal sums, own_entry
+            operands = (self.rows, block.columns, self.scale, self.bias, self.product)
+            loss, of_rows, of_columns, d_scale, d_bias, own_entry = sigmoid_products(
+                *operands, *self._ids(block), *need, self.impl
+            )
+            parts = (loss, of_rows, d_scale, d_bias)
+            sums = [total + part for total, part in zip(sums, parts, strict=True)]
+            return carried + of_columns if need[1] else carried
+
+        dims = self.own_columns.shape[1] if need[1] else 0
+        carried = self.product.new_zeros((len(self.rows), dims))
+        of_columns = ring_lap(self.own_block(), carried, self.ranks, visit)
+        loss, of_rows, d_scale, d_bias = sums
+        return loss, of_rows, of_columns, d_scale, d_bias, own_entry
+
+    def _ids(self, block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
+        offset = 0 if block.own else block.columns.shape[0]
+        return self.row_ids, block.ids, self.ranks.count, offset
+
+
+def _stripe(*arguments: Any) -> _GatheredStripe | _RingStripe:
+    settings = arguments[-1]
+    ring = settings.ring and not settings.alone
+    return _RingStripe(*arguments) if ring else _GatheredStripe(*arguments)
 
 
 class _SigLipLoss(torch.autograd.Function):
@@ -87,15 +134,12 @@ class _SigLipLoss(torch.autograd.Function):
         logit_scale: Tensor,
         logit_bias: Tensor,
         ids: Tensor | None,
-        ranks: Ranks,
-        local: bool,
-        impl: Impl,
+        settings: Settings,
     ) -> Tensor:
         with torch.autocast(image_features.device.type, enabled=False):
-            stripe = _Stripe(
-                image_features, text_features, logit_scale, logit_bias, ids, ranks, local, impl
-            )
-            loss = stripe.forward()
+            stripe = _stripe(image_features, text_features, logit_scale, ids, settings)
+            need = ctx.needs_input_grad[:4]
+            loss = stripe.forward(logit_bias, need[:2] if any(need) else None)
         ctx.save_for_backward(image_features, text_features, logit_scale, logit_bias, ids)
         ctx.stripe = stripe
         return loss
@@ -106,14 +150,14 @@ class _SigLipLoss(torch.autograd.Function):
         *inputs, _ = ctx.saved_tensors  # also refuses tensors changed in place
         need_image, need_text = ctx.needs_input_grad[:2]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            gradients = ctx.stripe.backward(need_image, need_text)
+            gradients = ctx.stripe.backward((need_image, need_text), grad_outputs[0])
             returned = [
-                (gradient * grad_outputs[0]).to(x.dtype).reshape(x.shape) if needed else None
+                gradient.to(x.dtype).reshape(x.shape) if needed else None
                 for gradient, x, needed in zip(
                     gradients, inputs, ctx.needs_input_grad[:4], strict=True
                 )
             ]
-        return (*returned, *(None,) * 4)
+        return (*returned, None, None)
 
 
 def siglip_loss(
@@ -123,21 +167,23 @@ def siglip_loss(
     logit_bias: Tensor | float,
     *,
     ids: Tensor | None = None,
+    normalize: bool = False,
     group: ProcessGroup | None = None,
     local: bool = False,
+    ring: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Sigmoid loss over all N·N combinations of the pairs of all ranks, divided by N.
 
     Args:
-        image_features: [b, D] of this rank, usually of unit length; b may differ between ranks
-            and be 0. fp32, bf16, fp16 or fp64.
+        image_features: [b, D] of this rank; b may differ between ranks and be 0. fp32, bf16, fp16
+            or fp64; under autocast they are multiplied in autocast's dtype.
         text_features: [b, D], row i belonging to image i; the same dtype.
         logit_scale: the exponentiated scale, [] or [1], or a number.
         logit_bias: [] or [1], or a number; the paper starts at -10.
         ids: int64 [b]; pairs with equal ids are positives of each other, each combination of them
             answered with yes. None: each pair is its own only positive.
-        group, local, impl: as for `clip_loss`.
+        normalize, group, local, ring, impl: as for `clip_loss`.
 
     Returns:
         The loss, [], fp32, the same on every rank. Its gradients averaged over ranks (as DDP and
@@ -146,11 +192,11 @@ def siglip_loss(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit here or between ranks.
     """
-    ranks = agree(image_features, text_features, ids, group, local)
+    settings = _settings(image_features, text_features, ids, normalize, group, local, ring, impl)
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     loss: Tensor = _SigLipLoss.apply(  # pyright: ignore[reportAssignmentType]
-        image_features, text_features, scale, bias, ids, ranks, local, impl
+        image_features, text_features, scale, bias, ids, settings
     )
     return loss
 
@@ -163,23 +209,44 @@ def siglip_loss_and_grads(
     logit_bias: Tensor | float,
     *,
     ids: Tensor | None = None,
+    normalize: bool = False,
     group: ProcessGroup | None = None,
+    local: bool = False,
+    ring: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, LossGradients]:
     """`siglip_loss` and its gradients in one evaluation, without autograd."""
-    ranks = agree(image_features, text_features, ids, group, False)
+    settings = _settings(image_features, text_features, ids, normalize, group, local, ring, impl)
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     with torch.autocast(image_features.device.type, enabled=False):
-        stripe = _Stripe(image_features, text_features, scale, bias, ids, ranks, False, impl)
-        loss = stripe.forward()
-        gradients = stripe.backward(need_rows=True, need_columns=True)
+        stripe = _stripe(image_features, text_features, scale, ids, settings)
+        loss = stripe.forward(bias, (True, True))
+        gradients = stripe.backward((True, True), torch.ones_like(loss))
     assert gradients.d_logit_bias is not None
-    return loss, LossGradients(
-        gradients.d_image_features.to(image_features.dtype),
-        gradients.d_text_features.to(text_features.dtype),
-        gradients.d_logit_scale.to(scale.dtype).reshape(scale.shape),
-        gradients.d_logit_bias.to(bias.dtype).reshape(bias.shape),
+    return loss, gradients._replace(
+        d_logit_scale=gradients.d_logit_scale.to(scale.dtype).reshape(scale.shape),
+        d_logit_bias=gradients.d_logit_bias.to(bias.dtype).reshape(bias.shape),
+    )
+
+
+def _settings(
+    image_features: Tensor,
+    text_features: Tensor,
+    ids: Tensor | None,
+    normalize: bool,
+    group: ProcessGroup | None,
+    local: bool,
+    ring: bool,
+    impl: Impl,
+) -> Settings:
+    return Settings(
+        ranks=agree(image_features, text_features, ids, group, local, normalize, ring),
+        local=local,
+        dtype=operand_dtype(image_features),
+        normalize=normalize,
+        impl=impl,
+        ring=ring,
     )
 
 
@@ -190,7 +257,7 @@ class SigLipLoss(nn.Module):
         cache_labels, dist_impl: accepted; they choose between layouts that this loss does not need.
         rank, world_size: checked against the group. world_size=1 keeps the loss on this rank's
             pairs, as in open_clip; None takes the group as it is.
-        group, impl: see `siglip_loss`.
+        group, normalize, ring, impl: see `siglip_loss`.
     """
 
     def __init__(
@@ -201,6 +268,8 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
         *,
         group: ProcessGroup | None = None,
+        normalize: bool = False,
+        ring: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -209,6 +278,7 @@ class SigLipLoss(nn.Module):
             raise ValueError(f"dist_impl is bidir, shift, reduce or gather, not {dist_impl!r}")
         self.local = check_module_arguments(group, rank, world_size, use_horovod=False)
         self.group = group
+        self.normalize, self.ring = normalize, ring
         self.impl: Impl = impl
 
     def get_logits(
@@ -219,6 +289,8 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | None = None,
     ) -> Tensor:
         """Logits of this rank's images and texts, [b, b]; for inspection, training needs none."""
+        if self.normalize:
+            image_features, text_features = F.normalize(image_features), F.normalize(text_features)
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
@@ -239,8 +311,10 @@ class SigLipLoss(nn.Module):
             logit_scale,
             0.0 if logit_bias is None else logit_bias,
             ids=ids,
+            normalize=self.normalize,
             group=self.group,
             local=self.local,
+            ring=self.ring,
             impl=self.impl,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -1,4 +1,4 @@
-"""The softmax loss's two passes as operators; meaning and arguments are the reference's.
+"""The softmax loss's passes as operators; meaning and arguments are the reference's.
 
 What is not asked for comes back empty ([0]), since an operator's results are tensors.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.kernels.reference import compute_dtype
-from fastclip.ops.dispatch import contrastive_module
+from fastclip.ops.dispatch import choose, contrastive_module
 
 
 @torch.library.custom_op("fastclip::contrastive_statistics", mutates_args=())
@@ -17,82 +17,155 @@ def contrastive_statistics(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
+    product: Tensor,
+    row_norm: Tensor,
+    column_norm: Tensor,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    positives: Tensor | None,
+    pair_count: int,
     row_offset: int,
     label_smoothing: float,
+    memory_budget: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(others_of_row fp64 [b], others_of_column fp64 [N], own [b], gap [b])."""
+    """(others_of_row fp64 [b], others_of_column fp64 [n], gap [b], exponentials [c])."""
     statistics = contrastive_module(impl, rows).contrastive_statistics(
         rows,
         columns,
         scale,
+        product,
+        row_norm,
+        column_norm,
         row_offset=row_offset,
         row_ids=row_ids,
         column_ids=column_ids,
+        positives=positives,
+        pair_count=pair_count,
         label_smoothing=label_smoothing,
+        memory_budget=memory_budget,
     )
     return tuple(statistics)
 
 
 @contrastive_statistics.register_fake
-def _(rows, columns, scale, row_ids, column_ids, row_offset, label_smoothing, impl):
-    del scale, row_ids, column_ids, row_offset, label_smoothing, impl
-    own = rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
-    others_of_column = columns.new_empty(columns.shape[0], dtype=torch.float64)
+def _(
+    rows, columns, scale, product, row_norm, column_norm, row_ids, column_ids, positives,
+    pair_count, row_offset, label_smoothing, memory_budget, impl,
+):  # fmt: skip
+    del scale, row_norm, column_norm, row_ids, column_ids, positives, pair_count, row_offset
+    del label_smoothing
+    b, n = rows.shape[0], columns.shape[0]
+    kept = 0
+    if choose(impl, rows) == "triton":
+        from fastclip.kernels.contrastive import kept_elements
+
+        kept = kept_elements(b, n, rows.dtype, memory_budget)
     return (
-        own.new_empty(own.shape, dtype=torch.float64),
-        others_of_column,
-        own,
-        own.new_empty(own.shape),
+        rows.new_empty(b, dtype=torch.float64),
+        rows.new_empty(n, dtype=torch.float64),
+        product.new_empty(b),
+        rows.new_empty(kept),
     )
 
 
-@torch.library.custom_op("fastclip::contrastive_gradients", mutates_args=())
-def contrastive_gradients(
+@torch.library.custom_op("fastclip::contrastive_summary", mutates_args=())
+def contrastive_summary(
+    others_of_row: Tensor,
+    others_of_column: Tensor,
+    product_of_column: Tensor,
+    scale: Tensor,
+    gap: Tensor,
+    own_target: Tensor | None,
+    pair_count: int,
+    row_offset: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], row_terms [2, b], column_terms [2, n], own_entry [b])."""
+    summary = contrastive_module(impl, gap).contrastive_summary(
+        others_of_row,
+        others_of_column,
+        product_of_column,
+        scale,
+        gap,
+        own_target,
+        row_offset=row_offset,
+        pair_count=pair_count,
+    )
+    return tuple(summary)
+
+
+@contrastive_summary.register_fake
+def _(
+    others_of_row, others_of_column, product_of_column, scale, gap, own_target, pair_count,
+    row_offset, impl,
+):  # fmt: skip
+    del product_of_column, scale, own_target, pair_count, row_offset, impl
+    b, n = others_of_row.shape[0], others_of_column.shape[0]
+    return gap.new_empty(()), gap.new_empty((2, b)), gap.new_empty((2, n)), gap.new_empty(b)
+
+
+@torch.library.custom_op("fastclip::contrastive_products", mutates_args=())
+def contrastive_products(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
-    others_of_row: Tensor,
-    others_of_column: Tensor,
-    own_of_column: Tensor,
+    product: Tensor,
+    row_norm: Tensor,
+    column_norm: Tensor,
+    row_terms: Tensor,
+    column_terms: Tensor,
+    own_entry: Tensor,
+    exponentials: Tensor,
+    upstream: Tensor,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    positives: Tensor | None,
+    pair_count: int,
     row_offset: int,
     label_smoothing: float,
     need_rows: bool,
     need_columns: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_rows [b, D] or [0], d_columns [N, D] or [0], d_scale [])."""
-    gradients = contrastive_module(impl, rows).contrastive_gradients(
+    """(row_products [b, D] or [0], column_products [n, D] or [0], d_scale [])."""
+    products = contrastive_module(impl, rows).contrastive_products(
         rows,
         columns,
         scale,
-        others_of_row,
-        others_of_column,
-        own_of_column,
+        product,
+        row_norm,
+        column_norm,
+        row_terms,
+        column_terms,
+        own_entry,
+        exponentials,
+        upstream,
         row_offset=row_offset,
         row_ids=row_ids,
         column_ids=column_ids,
+        positives=positives,
+        pair_count=pair_count,
         label_smoothing=label_smoothing,
         need_rows=need_rows,
         need_columns=need_columns,
     )
-    empty = gradients.d_scale.new_empty(0)
-    d_rows = gradients.d_rows if gradients.d_rows is not None else empty
-    d_columns = gradients.d_columns if gradients.d_columns is not None else empty.clone()
-    return d_rows, d_columns, gradients.d_scale
+    of_rows, of_columns, d_scale = products
+    return (
+        d_scale.new_empty(0) if of_rows is None else of_rows,
+        d_scale.new_empty(0) if of_columns is None else of_columns,
+        d_scale,
+    )
 
 
-@contrastive_gradients.register_fake
+@contrastive_products.register_fake
 def _(
-    rows, columns, scale, others_of_row, others_of_column, own_of_column, row_ids, column_ids,
-    row_offset, label_smoothing, need_rows, need_columns, impl,
+    rows, columns, scale, product, row_norm, column_norm, row_terms, column_terms, own_entry,
+    exponentials, upstream, row_ids, column_ids, positives, pair_count, row_offset,
+    label_smoothing, need_rows, need_columns, impl,
 ):  # fmt: skip
-    del scale, others_of_row, others_of_column, own_of_column, row_ids, column_ids
-    del row_offset, label_smoothing, impl
+    del scale, product, row_norm, column_norm, row_terms, column_terms, own_entry, exponentials
+    del upstream, row_ids, column_ids, positives, pair_count, row_offset, label_smoothing, impl
     dtype = compute_dtype(rows.dtype)
     return (
         rows.new_empty(rows.shape if need_rows else 0, dtype=dtype),

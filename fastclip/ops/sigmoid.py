@@ -17,10 +17,11 @@ def sigmoid_loss(
     bias: Tensor,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    pair_count: int,
     row_offset: int,
     impl: str,
 ) -> Tensor:
-    """This rank's rows' part of the loss, fp64 []."""
+    """This rank's rows' part of the loss, []."""
     return sigmoid_module(impl, rows).sigmoid_loss(
         rows,
         columns,
@@ -29,55 +30,71 @@ def sigmoid_loss(
         row_offset=row_offset,
         row_ids=row_ids,
         column_ids=column_ids,
+        pair_count=pair_count,
     )
 
 
 @sigmoid_loss.register_fake
-def _(rows, columns, scale, bias, row_ids, column_ids, row_offset, impl):
-    del columns, scale, bias, row_ids, column_ids, row_offset, impl
-    return rows.new_empty((), dtype=torch.float64)
+def _(rows, columns, scale, bias, row_ids, column_ids, pair_count, row_offset, impl):
+    del columns, scale, bias, row_ids, column_ids, pair_count, row_offset, impl
+    return rows.new_empty((), dtype=compute_dtype(rows.dtype))
 
 
-@torch.library.custom_op("fastclip::sigmoid_gradients", mutates_args=())
-def sigmoid_gradients(
+@torch.library.custom_op("fastclip::sigmoid_products", mutates_args=())
+def sigmoid_products(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
     bias: Tensor,
+    product: Tensor,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
+    pair_count: int,
     row_offset: int,
     need_rows: bool,
     need_columns: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_rows [b, D] or [0], d_columns [N, D] or [0], d_scale [], d_bias [])."""
-    gradients = sigmoid_module(impl, rows).sigmoid_gradients(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, row_products [b, D], column_products [n, D], d_scale, d_bias, own_entry [b]).
+
+    Products that are not needed come back as [0].
+    """
+    products = sigmoid_module(impl, rows).sigmoid_products(
         rows,
         columns,
         scale,
         bias,
+        product,
         row_offset=row_offset,
         row_ids=row_ids,
         column_ids=column_ids,
+        pair_count=pair_count,
         need_rows=need_rows,
         need_columns=need_columns,
     )
-    empty = gradients.d_scale.new_empty(0)
-    d_rows = gradients.d_rows if gradients.d_rows is not None else empty
-    d_columns = gradients.d_columns if gradients.d_columns is not None else empty.clone()
-    return d_rows, d_columns, gradients.d_scale, gradients.d_bias
+    loss, of_rows, of_columns, d_scale, d_bias, own_entry = products
+    return (
+        loss.clone(),
+        d_scale.new_empty(0) if of_rows is None else of_rows,
+        d_scale.new_empty(0) if of_columns is None else of_columns,
+        d_scale.clone(),
+        d_bias.clone(),
+        own_entry,
+    )
 
 
-@sigmoid_gradients.register_fake
+@sigmoid_products.register_fake
 def _(
-    rows, columns, scale, bias, row_ids, column_ids, row_offset, need_rows, need_columns, impl
+    rows, columns, scale, bias, product, row_ids, column_ids, pair_count, row_offset,
+    need_rows, need_columns, impl,
 ):  # fmt: skip
-    del scale, bias, row_ids, column_ids, row_offset, impl
+    del scale, bias, product, row_ids, column_ids, pair_count, row_offset, impl
     dtype = compute_dtype(rows.dtype)
     return (
+        rows.new_empty((), dtype=dtype),
         rows.new_empty(rows.shape if need_rows else 0, dtype=dtype),
         columns.new_empty(columns.shape if need_columns else 0, dtype=dtype),
         rows.new_empty((), dtype=dtype),
         rows.new_empty((), dtype=dtype),
+        rows.new_empty(rows.shape[0], dtype=dtype),
     )

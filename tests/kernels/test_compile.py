@@ -6,6 +6,7 @@ No GPU is needed: ``pytest tests/kernels/test_compile.py -s`` prints the table.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,63 +16,119 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from compile_only import SHARED_LIMIT, compile_kernel
-from fastclip.kernels.contrastive import gradient_kernel, statistics_kernel
+from fastclip.kernels.contrastive import DOT_ROWS, REPAIR_TILES, RESCALED_ROWS
+from fastclip.kernels.contrastive_kernels import (
+    gradient_kernel,
+    regradient_kernel,
+    repair_kernel,
+    rescale_kernel,
+    statistics_kernel,
+)
+from fastclip.kernels.contrastive_sums import (
+    dot_kernel,
+    merge_kernel,
+    scale_kernel,
+    summary_kernel,
+)
+from fastclip.kernels.pairs import BLOCK_B, BLOCK_D, finish_kernel, prepare_kernel
 from fastclip.kernels.sigmoid import sigmoid_kernel
 from fastclip.kernels.tiling import tiling
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-POINTERS_FP32 = (
-    "scale",
-    "bias",
-    "own_logit",
-    "positives",
-    "row_largest",
-    "row_sum",
-    "column_largest",
-    "column_sum",
-    "gap_partial",
-    "row_lse",
-    "row_rest",
-    "column_lse",
-    "column_rest",
-    "loss_partial",
-    "scale_partial",
-    "bias_partial",
+FEATURES = ("rows", "columns", "gradient", "exponentials", "image", "text", "d_image", "d_text")
+IDS = ("row_ids", "column_ids")
+SIZES = (
+    "row_count",
+    "column_count",
+    "dims",
+    "row_stride",
+    "column_stride",
+    "row_offset",
+    "pair_count",
+    "tiles_m",
+    "tiles_n",
+    "count",
+    "partials",
+    "pairs",
+    "image_stride",
+    "text_stride",
+    "features_stride",
 )
-SIZES = ("row_count", "column_count", "dims", "row_stride", "column_stride", "row_offset")
+NUMBERS = ("smoothing", "gain", "factor", "norm_floor")
 
-CASES = {
-    "statistics": (statistics_kernel, {"HAS_IDS": False, "HAS_GAP": False}),
-    "statistics, ids": (statistics_kernel, {"HAS_IDS": True, "HAS_GAP": True}),
-    "gradient": (gradient_kernel, {"HAS_IDS": False, "HAS_TARGETS": False}),
-    "gradient, ids": (gradient_kernel, {"HAS_IDS": True, "HAS_TARGETS": True}),
+PLAIN = {"HAS_IDS": False, "HAS_TARGETS": False}
+TARGETS = {"HAS_IDS": True, "HAS_TARGETS": True}
+STRIP = {"BLOCK_R": RESCALED_ROWS}
+REPAIR = {"TILES": REPAIR_TILES}
+TILED = {
+    "statistics": (statistics_kernel, {"HAS_IDS": False, "HAS_GAP": False, "KEEP": False}),
+    "statistics, kept": (statistics_kernel, {"HAS_IDS": False, "HAS_GAP": False, "KEEP": True}),
+    "statistics, ids": (statistics_kernel, {"HAS_IDS": True, "HAS_GAP": True, "KEEP": False}),
+    "repair": (repair_kernel, REPAIR),
+    "gradient": (gradient_kernel, PLAIN),
+    "gradient, ids": (gradient_kernel, TARGETS),
+    "rescale": (rescale_kernel, PLAIN | STRIP),
+    "rescale, ids": (rescale_kernel, TARGETS | STRIP),
+    "regradient": (regradient_kernel, PLAIN | STRIP | REPAIR),
+    "regradient, ids": (regradient_kernel, TARGETS | STRIP | REPAIR),
     "sigmoid loss": (sigmoid_kernel, {"HAS_IDS": False, "WITH_GRADIENT": False}),
     "sigmoid gradient": (sigmoid_kernel, {"HAS_IDS": False, "WITH_GRADIENT": True}),
     "sigmoid gradient, ids": (sigmoid_kernel, {"HAS_IDS": True, "WITH_GRADIENT": True}),
 }
+PAIRS = {"BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D, "NORMALIZE": True}
+LINEAR = {
+    "merge": (merge_kernel, {"ADD_ROWS": True, "ADD_COLUMNS": True, "BLOCK": 128, "TILES": 16}, 4),
+    "summary": (summary_kernel, {"HAS_TARGET": True, "BLOCK": 1024}, 8),
+    "scale": (scale_kernel, {"BLOCK": 1024}, 8),
+    "dot": (dot_kernel, {"BLOCK_B": DOT_ROWS, "BLOCK_D": 256}, 4),
+    "prepare": (prepare_kernel, PAIRS | {"WRITE": True}, 4),
+    "finish": (finish_kernel, PAIRS | {"NEED_IMAGE": True, "NEED_TEXT": True}, 4),
+}
+
+
+def _types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
+    """Triton's type of every argument that is no constant, by its name."""
+    kinds: dict[str, str] = {}
+    groups = (FEATURES, DTYPES[dtype]), (IDS, "*i64"), (SIZES, "i32"), (NUMBERS, "fp32")
+    for names, kind in (*groups, (("others_of_row", "others_of_column", "result"), "*fp64")):
+        kinds |= dict.fromkeys(names, kind)
+    if kernel is dot_kernel:
+        kinds["features"] = DTYPES[dtype]
+    return {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name != name.upper()}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("case", list(CASES))
-def test_kernels_fit(case: str, dtype: torch.dtype, capability: int) -> None:
-    kernel, flags = CASES[case]
-    tile = tiling(dtype, capability)
-    types = dict.fromkeys(POINTERS_FP32, "*fp32") | dict.fromkeys(SIZES, "i32")
-    types |= {"rows": DTYPES[dtype], "columns": DTYPES[dtype], "gradient": DTYPES[dtype]}
-    types |= {"row_ids": "*i64", "column_ids": "*i64", "smoothing": "fp32", "gain": "fp32"}
-    for even in (True, False):
-        constants = {
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            "EVEN_K": even,
-            **flags,
-        }
+@pytest.mark.parametrize("case", list(TILED))
+def test_kernels_of_tiles_fit(case: str, dtype: torch.dtype, capability: int) -> None:
+    kernel, flags = TILED[case]
+    tile = tiling(dtype, capability, narrow=flags.get("WITH_GRADIENT", False))
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **flags}
+    multiplies = "BLOCK_K" in kernel.arg_names
+    for even in (True, False) if multiplies else (True,):
+        if multiplies:
+            constants |= {"BLOCK_K": tile.block_k, "EVEN_K": even}
         needs = compile_kernel(
-            kernel, types, constants, capability, num_warps=tile.warps, num_stages=tile.stages
+            kernel,
+            _types(kernel, dtype),
+            constants,
+            capability,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=kernel is sigmoid_kernel,
         )
         print(f"sm_{capability} {dtype} {case}, whole blocks of dims {even}: {needs}")
-        assert needs.stack == 0
+        assert needs.spilled == 0
         assert needs.shared <= SHARED_LIMIT[capability]
-        assert needs.matrix_instructions > 0 or dtype == torch.float32
+        assert needs.matrix_instructions > 0 or dtype == torch.float32 or not multiplies
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", list(LINEAR))
+def test_other_kernels_fit(case: str, capability: int) -> None:
+    kernel, constants, warps = LINEAR[case]
+    types = _types(kernel, torch.bfloat16)
+    needs = compile_kernel(kernel, types, constants, capability, num_warps=warps, num_stages=3)
+    print(f"sm_{capability} {case}: {needs}")
+    assert needs.spilled == 0
+    assert needs.shared <= SHARED_LIMIT[capability]

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.kernels import reference
 from fastclip.kernels.reference import compute_dtype
-from fastclip.losses import clip_loss, clip_loss_and_grads
+from fastclip.losses import ClipLoss, clip_loss, clip_loss_and_grads
 from loss_oracles import clip_expected, error, features
 
 SCALES = (1.0, 14.285714, 100.0)
@@ -96,7 +97,7 @@ def test_all_pairs_of_one_id() -> None:
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
     image, text = features(33, 10)
     whole = _run(image, text, 50.0, torch.float64, ids=torch.arange(33) // 2)
-    for function in ("contrastive_statistics", "contrastive_gradients"):
+    for function in ("contrastive_statistics", "contrastive_products"):
         defaults = getattr(reference, function).__kwdefaults__
         monkeypatch.setitem(defaults, "chunk_elements", chunk_elements)
     parts = _run(image, text, 50.0, torch.float64, ids=torch.arange(33) // 2)
@@ -154,13 +155,49 @@ def test_tensors_changed_in_place_are_refused(changed: str) -> None:
         loss.backward()
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_multiplies_in_its_dtype(dtype: torch.dtype) -> None:
     image, text = (x.float() for x in features(24, 16))
-    plain = _run(image, text, 100.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         inside = _run(image, text, 100.0)
-    for a, b in zip(plain, inside, strict=True):
-        assert torch.equal(a, b)
+    assert inside[1].dtype == torch.float32
+    for value, wanted in zip(inside, _run(image.to(dtype), text.to(dtype), 100.0), strict=True):
+        assert error(value, wanted) < (1e-6 if value.ndim == 0 else 3e-3)
+    exact = clip_expected(image.to(dtype), text.to(dtype), 100.0)
+    assert error(inside[0], exact.loss) < 1e-6
+    with torch.autocast("cpu", dtype=dtype):
+        wide = _run(image.double(), text.double(), 100.0, torch.float64)
+    assert error(wide[0], clip_expected(image, text, 100.0).loss) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_normalizing_in_the_loss_equals_normalizing_before(dtype: torch.dtype) -> None:
+    image, text = (x.to(dtype) for x in features(24, 16))
+    image, text = image * torch.arange(24)[:, None].to(dtype), text * 7  # one row of zeros
+    results = []
+    for inside in (True, False):
+        x, y = image.clone().requires_grad_(), text.clone().requires_grad_()
+        a, b = (
+            (x, y) if inside else (F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1))
+        )
+        loss = clip_loss(a, b, 20.0, normalize=inside)
+        loss.backward()
+        results.append((loss.detach(), x.grad, y.grad))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    for value, wanted in zip(*results, strict=True):
+        assert value is not None
+        assert wanted is not None
+        assert error(value, wanted) < tolerance
+    module = ClipLoss(normalize=True)
+    assert torch.equal(module(image, text, 20.0), clip_loss(image, text, 20.0, normalize=True))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_budget_below_zero_is_refused() -> None:
+    image, text = features(3, 2)
+    with pytest.raises(ValueError, match="memory_budget is a number of bytes, at least 0, not -1"):
+        clip_loss(image, text, 1.0, memory_budget=-1)
+    with pytest.raises(ValueError, match="memory_budget"):
+        ClipLoss(memory_budget=-1)
 
 
 def test_a_second_backward_is_the_first() -> None:

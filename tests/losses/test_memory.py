@@ -45,7 +45,7 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def _chunks_of(elements: int) -> Iterator[None]:
-    names = ("contrastive_statistics", "contrastive_gradients", "sigmoid_loss", "sigmoid_gradients")
+    names = ("contrastive_statistics", "contrastive_products", "sigmoid_loss", "sigmoid_products")
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             defaults = getattr(reference, name).__kwdefaults__

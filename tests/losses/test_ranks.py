@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.distributed.runtime import Runtime
@@ -31,21 +32,23 @@ SIZES: dict[int, list[tuple[int, ...]]] = {
     4: [(3, 3, 3, 3), (4, 0, 6, 1)],
 }
 DIMS, SCALE, BIAS = 11, 30.0, -6.0
-Case = tuple[str, tuple[int, ...], bool, torch.dtype]
+Case = tuple[str, tuple[int, ...], bool, torch.dtype, bool]
 Worlds = Callable[[int], list[Any]]
 
 
 def _cases(world_size: int) -> list[Case]:
     kinds = ("softmax", "sigmoid")
     cases: list[Case] = list(
-        itertools.product(kinds, SIZES[world_size], (False, True), (torch.float32,))
+        itertools.product(kinds, SIZES[world_size], (False, True), (torch.float32,), (False, True))
     )
-    return cases + [(kind, SIZES[world_size][-1], False, torch.bfloat16) for kind in kinds]
+    return cases + [(kind, SIZES[world_size][-1], False, torch.bfloat16, False) for kind in kinds]
 
 
 def _batch(case: Case) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    _, sizes, several, dtype = case
+    _, sizes, several, dtype, _ = case
     image, text = (x.to(dtype) for x in features(sum(sizes), DIMS))
+    if several:
+        image, text = image * 3, text / 7
     ids = torch.arange(sum(sizes)) % 4 if several else None
     return image, text, ids, 0.1 if several else 0.0
 
@@ -62,6 +65,8 @@ def _run(runtime: Runtime) -> list[tuple[Tensor, ...]]:
         kind, sizes = case[:2]
         x, y = (_share(each, runtime, sizes).requires_grad_() for each in (image, text))
         options: dict[str, Any] = {"ids": None if ids is None else _share(ids, runtime, sizes)}
+        # Several positives with raw features, so that every part of the loss crosses the ranks.
+        options |= {"ring": case[4], "normalize": case[2]}
         s = torch.tensor([SCALE], requires_grad=True)
         b = torch.tensor(BIAS, requires_grad=True)
         leaves = (x, y, s) if kind == "softmax" else (x, y, s, b)
@@ -121,6 +126,9 @@ def _two_ranks(runtime: Runtime) -> dict[str, Any]:
     report["ids"] = _refused(x, x, ids if other else None)
     report["dtype"] = _refused(half, half, None)
     report["broken"] = _refused(x[:2] if other else x, x, None)
+    with pytest.raises(ValueError, match="other options") as caught:
+        clip_loss(x, x, 1.0, ring=other)
+    report["options"] = str(caught.value)
     report["nobody"] = _refused(x[:0], x[:0], None)
     return report
 
@@ -145,18 +153,35 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return run
 
 
+def _through_normalize(x: Tensor, gradient: Tensor) -> Tensor:
+    leaf = x.double().requires_grad_()
+    F.normalize(leaf).backward(gradient)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_equal_one_process(results_of: Worlds, world_size: int) -> None:
     by_rank = [results for results, _ in results_of(world_size)]
     for case, *results in zip(_cases(world_size), *by_rank, strict=True):
         image, text, ids, smoothing = _batch(case)
+        unit = (image, text)
+        if case[2]:
+            unit = (F.normalize(image.double()), F.normalize(text.double()))
         if case[0] == "softmax":
-            expected = clip_expected(image, text, SCALE, ids, smoothing)
+            expected = clip_expected(*unit, SCALE, ids, smoothing)
         else:
-            expected = siglip_expected(image, text, SCALE, BIAS, ids)
+            expected = siglip_expected(*unit, SCALE, BIAS, ids)
+        if case[2]:
+            expected = expected._replace(
+                d_image=_through_normalize(image, expected.d_image),
+                d_text=_through_normalize(text, expected.d_text),
+            )
         for result in results:
             assert torch.equal(result[0], results[0][0]), case  # the same value everywhere
-        assert error(results[0][0], expected.loss, floor=1e-12) < 1e-6, case
+        # e^−logit of one pair: the logit's rounding, once more for the length's.
+        close = 5e-6 if case[2] else 1e-6
+        assert error(results[0][0], expected.loss, floor=1e-12) < close, case
         tolerance = 1e-5 if case[3] == torch.float32 else 4e-3
         # Feature gradients are W times the global loss's, so that averaging over ranks is exact.
         for index, wanted in ((1, expected.d_image), (2, expected.d_text)):
@@ -203,8 +228,8 @@ def test_two_ranks_with_arguments_right_and_wrong(results_of: Worlds) -> None:
         assert f"it is rank {rank} of 2" in report["wrong rank"]
         assert "at least one pair" in report["nobody"]
     first, second = reports
-    for case in ("dims", "ids", "dtype"):
+    for case in ("dims", "ids", "dtype", "options"):
         assert first[case] == second[case]
-        assert "rank 1 has" in first[case]
+        assert "rank 1" in first[case]
     assert "rank 1 got features that the loss refuses" in first["broken"]
     assert "row by row" in second["broken"]

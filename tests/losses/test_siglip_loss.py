@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.kernels import reference
@@ -61,7 +62,7 @@ def test_several_positives() -> None:
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = features(33, 10)
     whole = _run(image, text, 10.0, -3.0, torch.float64)
-    for function in ("sigmoid_loss", "sigmoid_gradients"):
+    for function in ("sigmoid_loss", "sigmoid_products"):
         defaults = getattr(reference, function).__kwdefaults__
         monkeypatch.setitem(defaults, "chunk_elements", 70)
     for a, b in zip(whole, _run(image, text, 10.0, -3.0, torch.float64), strict=True):
@@ -77,13 +78,28 @@ def test_gradcheck_and_no_second_derivative() -> None:
         torch.autograd.grad(siglip_loss(image, text, scale, bias), image, create_graph=True)
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_multiplies_in_its_dtype() -> None:
     image, text = (x.float() for x in features(24, 16))
-    plain = _run(image, text, 10.0, -10.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = _run(image, text, 10.0, -10.0)
-    for a, b in zip(plain, inside, strict=True):
-        assert torch.equal(a, b)
+    assert inside[1].dtype == torch.float32
+    expected = siglip_expected(image.bfloat16(), text.bfloat16(), 10.0, -10.0)
+    for value, wanted in zip(inside, expected, strict=True):
+        assert wanted is not None
+        assert error(value, wanted) < (1e-6 if value.ndim == 0 else 3e-3)
+
+
+def test_normalizing_in_the_loss_equals_normalizing_before() -> None:
+    image, text = features(24, 16)
+    results = []
+    for inside in (True, False):
+        x, y = (image * 5).requires_grad_(), (text / 9).requires_grad_()
+        a, b = (x, y) if inside else (F.normalize(x, dim=1), F.normalize(y, dim=1))
+        loss = siglip_loss(a, b, 10.0, -4.0, normalize=inside)
+        loss.backward()
+        results.append((loss.detach(), x.grad, y.grad))
+    for value, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_loss_and_gradients_without_autograd() -> None:
