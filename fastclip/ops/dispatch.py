@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastclip.kernels import reference
+from fastclip.kernels import reference, reference_similarity
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -58,3 +58,12 @@ def sigmoid_module(impl: str, features: Tensor) -> ModuleType:
     from fastclip.kernels import sigmoid
 
     return sigmoid
+
+
+def similarity_module(impl: str, features: Tensor) -> ModuleType:
+    """Module with the similarity matrix and the nearest keys."""
+    if choose(impl, features) == "reference":
+        return reference_similarity
+    from fastclip.kernels import similarity
+
+    return similarity
