@@ -16,8 +16,6 @@ result does not depend on tile sizes, the number of stretches or scheduling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -252,25 +250,24 @@ def select_kernel(
     tl.store(indices + place, (best & _INT32_MAX) ^ _INT32_MAX, mask=wanted)
 
 
-@dataclass(frozen=True)
-class SelectTiling:
-    """Launch configuration of `select_kernel`."""
+# Smaller than the losses' tiles: the list and the tile's order stay in registers together.
+_HALF = {
+    80: Tiling(128, 64, 32, 8, 3),
+    90: Tiling(128, 64, 64, 8, 3),
+    100: Tiling(64, 128, 64, 8, 3),
+}
 
-    block_m: int
-    """Rows of a program."""
+SELECT_ENTRIES = 2048
+"""Entries that a program of `select_kernel` sorts at a time."""
 
-    warps: int
-
-
-def topk_tiling(dtype: torch.dtype, slots: int, capability: int | None) -> Tiling:
-    """Configuration of `topk_kernel` for lists of `slots` places; None is the interpreter."""
-    tile = tiling(dtype, capability)
-    return tile
+SELECT_WARPS = 8
 
 
-def select_tiling(slots: int) -> SelectTiling:
-    """Configuration of `select_kernel` for lists of `slots` places."""
-    return SelectTiling(max(1, 1024 // slots), 4)
+def topk_tiling(dtype: torch.dtype, capability: int | None) -> Tiling:
+    """Configuration of `topk_kernel`; None is the interpreter."""
+    if capability is None or dtype == torch.float32:
+        return tiling(dtype, capability)
+    return _HALF[max((number for number in _HALF if number <= capability), default=80)]
 
 
 def slots_for(k: int) -> int:
@@ -402,7 +399,7 @@ def _stretch_lists(
     """Lists of every stretch, int64 [M, stretches·slots]."""
     (rows, dims), columns = queries.shape, keys.shape[0]
     slots = slots_for(k)
-    tile = topk_tiling(queries.dtype, slots, capability_of(queries))
+    tile = topk_tiling(queries.dtype, capability_of(queries))
     tiles_m, tiles_n = triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)
     if stretches is None:
         stretches = _stretches(queries, tiles_m, tiles_n)
@@ -435,12 +432,12 @@ def _select(source: Tensor, k: int, result: Neighbours) -> None:
     """Write the k largest of each row of `source`, entries or scores."""
     rows, width = source.shape
     slots = slots_for(k)
-    tile = select_tiling(slots)
+    block_m = SELECT_ENTRIES // slots
     if rows:
-        select_kernel[(triton.cdiv(rows, tile.block_m),)](
+        select_kernel[(triton.cdiv(rows, block_m),)](
             source, *result, rows, width, k,
-            K=slots, BLOCK_M=tile.block_m, FROM_SCORES=source.dtype == torch.float32,
-            num_warps=tile.warps,
+            K=slots, BLOCK_M=block_m, FROM_SCORES=source.dtype == torch.float32,
+            num_warps=SELECT_WARPS,
         )  # fmt: skip
 
 
