@@ -256,6 +256,9 @@ _HALF = {
     90: Tiling(128, 64, 64, 8, 3),
     100: Tiling(64, 128, 64, 8, 3),
 }
+_SINGLE = Tiling(64, 64, 16, 8, 3)
+# There the compiler would rather spill than use more than 128 registers of the larger tile.
+_SINGLE_SHORT_90 = Tiling(64, 32, 32, 8, 3)
 
 SELECT_ENTRIES = 2048
 """Entries that a program of `select_kernel` sorts at a time."""
@@ -263,10 +266,12 @@ SELECT_ENTRIES = 2048
 SELECT_WARPS = 8
 
 
-def topk_tiling(dtype: torch.dtype, capability: int | None) -> Tiling:
-    """Configuration of `topk_kernel`; None is the interpreter."""
-    if capability is None or dtype == torch.float32:
+def topk_tiling(dtype: torch.dtype, slots: int, capability: int | None) -> Tiling:
+    """Configuration of `topk_kernel` for lists of `slots` places; None is the interpreter."""
+    if capability is None:
         return tiling(dtype, capability)
+    if dtype == torch.float32:
+        return _SINGLE_SHORT_90 if 90 <= capability < 100 and slots <= 32 else _SINGLE
     return _HALF[max((number for number in _HALF if number <= capability), default=80)]
 
 
@@ -349,7 +354,7 @@ def similarity_topk(
     )
     if k <= STREAMED_K:
         lists = _stretch_lists(queries, keys, k, both_norms, stretches)
-        _select(lists, k, result)
+        select(lists, k, result)
         return result
     one = queries.new_ones((), dtype=torch.float32)
     size = max(1, chunk_elements // keys.shape[0])
@@ -359,8 +364,27 @@ def similarity_topk(
         scores = rows.new_empty((rows.shape[0], keys.shape[0]), dtype=torch.float32)
         part = None if both_norms is None else (both_norms[0][chunk], both_norms[1])
         _write_similarity(rows, keys, one, part, scores)
-        _select(scores, k, Neighbours(*(x[chunk] for x in result)))
+        select(scores, k, Neighbours(*(x[chunk] for x in result)))
     return result
+
+
+def select(source: Tensor, k: int, result: Neighbours) -> None:
+    """Write each row's k largest to `result`, in the order of `reference_similarity`.
+
+    Args:
+        source: [M, width], scores in fp32, whose index is their place, or entries in int64.
+        k: at most `width`.
+        result: [M, k] each.
+    """
+    rows, width = source.shape
+    slots = slots_for(k)
+    block_m = SELECT_ENTRIES // slots
+    if rows:
+        select_kernel[(triton.cdiv(rows, block_m),)](
+            source, *result, rows, width, k,
+            K=slots, BLOCK_M=block_m, FROM_SCORES=source.dtype == torch.float32,
+            num_warps=SELECT_WARPS,
+        )  # fmt: skip
 
 
 def _both_norms(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor] | None:
@@ -399,7 +423,7 @@ def _stretch_lists(
     """Lists of every stretch, int64 [M, stretches·slots]."""
     (rows, dims), columns = queries.shape, keys.shape[0]
     slots = slots_for(k)
-    tile = topk_tiling(queries.dtype, capability_of(queries))
+    tile = topk_tiling(queries.dtype, slots, capability_of(queries))
     tiles_m, tiles_n = triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)
     if stretches is None:
         stretches = _stretches(queries, tiles_m, tiles_n)
@@ -426,19 +450,6 @@ def _stretches(queries: Tensor, tiles_m: int, tiles_n: int) -> int:
         return 1
     wanted = 2 * torch.cuda.get_device_properties(queries.device).multi_processor_count
     return max(1, min(triton.cdiv(wanted, max(tiles_m, 1)), tiles_n // 4))
-
-
-def _select(source: Tensor, k: int, result: Neighbours) -> None:
-    """Write the k largest of each row of `source`, entries or scores."""
-    rows, width = source.shape
-    slots = slots_for(k)
-    block_m = SELECT_ENTRIES // slots
-    if rows:
-        select_kernel[(triton.cdiv(rows, block_m),)](
-            source, *result, rows, width, k,
-            K=slots, BLOCK_M=block_m, FROM_SCORES=source.dtype == torch.float32,
-            num_warps=SELECT_WARPS,
-        )  # fmt: skip
 
 
 def _product(weights: Tensor, features: Tensor) -> Tensor:
