@@ -265,6 +265,9 @@ SELECT_ENTRIES = 2048
 
 SELECT_WARPS = 8
 
+NORM_BLOCK = (16, 128)
+"""Rows and dims that a program of `norm_kernel` holds at a time."""
+
 
 def topk_tiling(dtype: torch.dtype, slots: int, capability: int | None) -> Tiling:
     """Configuration of `topk_kernel` for lists of `slots` places; None is the interpreter."""
@@ -285,9 +288,11 @@ def norms(features: Tensor) -> Tensor:
     rows, dims = features.shape
     result = features.new_empty(rows, dtype=torch.float32)
     if rows:
-        norm_kernel[(triton.cdiv(rows, 16),)](
-            features, result, rows, dims, features.stride(0), BLOCK_M=16, BLOCK_K=128, num_warps=4
-        )
+        block_m, block_k = NORM_BLOCK
+        norm_kernel[(triton.cdiv(rows, block_m),)](
+            features, result, rows, dims, features.stride(0),
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
+        )  # fmt: skip
     return result
 
 

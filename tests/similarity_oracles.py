@@ -39,7 +39,8 @@ def expected_gradients(
     upstream: Tensor, queries: Tensor, keys: Tensor, scale: float, normalize: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and scale in fp64, by autograd through `F.normalize`."""
-    leaves = [x.detach().double().requires_grad_() for x in (queries, keys, torch.tensor(scale))]
+    number = torch.tensor(scale, dtype=torch.float64)
+    leaves = [x.detach().double().requires_grad_() for x in (queries, keys, number)]
     q, k, s = leaves
     if normalize:
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)

@@ -211,7 +211,7 @@ def _no_second_derivative(ctx, *gradients):
 
 def _no_derivative(ctx, *gradients):
     raise RuntimeError(
-        "similarity_topk is not differentiable: give it detached features, and multiply the queries "
+        "similarity_topk is not differentiable: give it detached features, and multiply queries "
         "with keys[indices], which is"
     )
 
