@@ -286,6 +286,7 @@ def main() -> None:
         for name in DTYPES
         for shape in TOPK_SHAPES
         for normalize in (True, False)
+        if normalize or shape[3] == 5
     }
     report["ties"] = exact_ties()
     report["longest lists"] = longest_lists()

@@ -285,7 +285,7 @@ def test_kernels_rows_without_length(report: dict[str, Any], dtype: str) -> None
 
 
 def test_kernels_nearest_keys(report: dict[str, Any]) -> None:
-    assert len(report["nearest"]) == 36
+    assert len(report["nearest"]) == 24
     for case, found in report["nearest"].items():
         assert found["values"] is True, case
         assert found["indices"] is True, case
