@@ -462,7 +462,8 @@ def _product(weights: Tensor, features: Tensor) -> Tensor:
     if features.dtype != torch.float16:
         return matmul_fp32(weights.to(features.dtype), features)
     # fp16 holds neither small nor large weights: each row is brought to 1. A row of zeros among the
-    # features has a weight of up to 1e12, and would push all others below what fp16 can hold.
-    weights = weights.masked_fill((features == 0).all(1), 0.0)
+    # features has a weight of up to 1e12, and would push all others below what fp16 can hold. (Not
+    # filled with zeros: a NaN stays one.)
+    weights = weights * (features != 0).any(1)
     gain = weights.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return matmul_fp32((weights / gain).half(), features).mul_(gain)
