@@ -12,6 +12,7 @@ from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_sha
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
 from fastclip.models.clip import Clip
+from fastclip.ops.similarity import similarity
 from fastclip.tokenizer import Tokenizer
 
 RECALL_AT = (1, 5, 10)
@@ -54,7 +55,7 @@ def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor, groups: Tenso
     ranks = [torch.zeros(0, dtype=torch.int64, device=queries.device)]
     rows = max(1, _CHUNK_SCORES // max(len(candidates), 1))
     for begin in range(0, len(queries), rows):
-        scores = queries[begin : begin + rows] @ candidates.T
+        scores = similarity(queries[begin : begin + rows], candidates, normalize=False)
         is_right = right[begin : begin + rows, None] == groups
         best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append((~(scores < best) & ~is_right).sum(dim=1))

@@ -20,6 +20,7 @@ from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.prompts import check_templates, fill, imagenet_templates
 from fastclip.models.clip import Clip
+from fastclip.ops.similarity import similarity
 from fastclip.tokenizer import Tokenizer
 
 
@@ -188,7 +189,8 @@ def zero_shot(
         except ValueError as error:
             problem = problem or error  # told after the loop: other ranks still wait for this one
             continue
-        rank = rank_of_target(features @ classifier.T, target.to(features.device))
+        scores = similarity(features, classifier, normalize=False)
+        rank = rank_of_target(scores, target.to(features.device))
         top1 += int((rank < 1).sum())
         top5 += int((rank < 5).sum())
         images += len(batch)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastclip.kernels import reference
+from fastclip.kernels import reference, reference_similarity
 
 logger = logging.getLogger("fastclip")
 
@@ -91,3 +91,12 @@ def sigmoid_module(impl: str, features: Tensor) -> ModuleType:
     from fastclip.kernels import sigmoid
 
     return sigmoid
+
+
+def similarity_module(impl: str, features: Tensor) -> ModuleType:
+    """Module with the similarity matrix and the nearest keys."""
+    if choose(impl, features) == "reference":
+        return reference_similarity
+    from fastclip.kernels import similarity
+
+    return similarity
