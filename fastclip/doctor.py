@@ -114,10 +114,11 @@ def _devices() -> tuple[Finding, ...]:
 
 def _parts() -> tuple[Finding, ...]:
     return (
-        Finding(
+        _one_of_two(
             "losses",
-            "chunked PyTorch",
-            "exact, memory O(N·D); impl='triton' asks for the kernels, not yet run on a GPU",
+            torch.cuda.is_available() and version_of("triton") is not None,
+            ("Triton kernels", "exact, memory O(N·D) and a budget; not yet run on a GPU"),
+            ("chunked PyTorch", "exact, memory O(N·D); Triton needs a GPU"),
         ),
         _one_of_two(
             "training engine",

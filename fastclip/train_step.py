@@ -16,7 +16,12 @@ from torch import Tensor
 
 from fastclip.data.batch import Batch
 from fastclip.engine import Engine, StepInfo
-from fastclip.losses import clip_loss_and_grads, siglip_loss_and_grads
+from fastclip.losses import (
+    MEMORY_BUDGET,
+    LossGradients,
+    clip_loss_and_grads,
+    siglip_loss_and_grads,
+)
 from fastclip.models.clip import Clip, ClipOutput
 from fastclip.ops.dispatch import Impl
 
@@ -32,7 +37,10 @@ class LossConfig:
     """Mass that a softmax target spreads evenly over the global batch, in [0, 1)."""
 
     impl: Impl = "auto"
-    """What computes it: reference (PyTorch), triton (not yet run on a GPU), or auto."""
+    """What computes it: reference (PyTorch), triton, or auto, which is Triton on a GPU."""
+
+    memory_budget: int = MEMORY_BUDGET
+    """Bytes in which the softmax loss may keep exponentials between its passes; 0 recomputes."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("clip", "siglip"):
@@ -41,6 +49,8 @@ class LossConfig:
             raise ValueError(f"loss.impl is {', '.join(get_args(Impl))}, not {self.impl!r}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"loss.label_smoothing is in [0, 1), not {self.label_smoothing}")
+        if self.memory_budget < 0:
+            raise ValueError(f"loss.memory_budget is at least 0, not {self.memory_budget}")
         if self.kind == "siglip" and self.label_smoothing != 0.0:
             raise ValueError("loss.label_smoothing belongs to loss.kind=clip")
 
@@ -106,12 +116,25 @@ class TrainStep:
         info = self.engine.step()
         return StepResult(loss.detach(), last.logit_scale.detach().reshape(()), info)
 
-    def _loss_and_gradients(self, cached: list[ClipOutput], ids: Tensor | None):
+    def _loss_and_gradients(
+        self, cached: list[ClipOutput], ids: Tensor | None
+    ) -> tuple[Tensor, LossGradients]:
         image_features = torch.cat([_present(o.image_features) for o in cached]).detach()
         text_features = torch.cat([_present(o.text_features) for o in cached]).detach()
         logit_scale = cached[-1].logit_scale.detach()
+        with self.engine.module.precision():
+            return self._loss(image_features, text_features, logit_scale, cached[-1], ids)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        output: ClipOutput,
+        ids: Tensor | None,
+    ) -> tuple[Tensor, LossGradients]:
         if self.config.kind == "siglip":
-            logit_bias = _present(cached[-1].logit_bias).detach()
+            logit_bias = _present(output.logit_bias).detach()
             return siglip_loss_and_grads(
                 image_features,
                 text_features,
@@ -126,6 +149,7 @@ class TrainStep:
             logit_scale,
             ids=ids,
             label_smoothing=self.config.label_smoothing,
+            memory_budget=self.config.memory_budget,
             impl=self.config.impl,
         )
 

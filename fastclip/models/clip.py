@@ -96,7 +96,7 @@ class Clip(nn.Module):
         """
         if images is None and tokens is None:
             raise ValueError("give images, tokens or both")
-        with self._precision():
+        with self.precision():
             image_features = None if images is None else self.visual(self._pixels(images))
             text_features = None if tokens is None else self.text(self._checked(tokens))
         with torch.autocast(self.logit_scale.device.type, enabled=False):
@@ -107,7 +107,8 @@ class Clip(nn.Module):
                 self.logit_bias,
             )
 
-    def _precision(self) -> AbstractContextManager[object]:
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast as the towers run under it; features are multiplied in its dtype, too."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.logit_scale.device.type, dtype=self.autocast_dtype)
