@@ -1,0 +1,158 @@
+"""The softmax contrastive loss beside its peers: ``python -m benchmarks.bench_contrastive``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy, peers, plan
+from benchmarks.cases import CONTRASTIVE_SETS, Case
+from benchmarks.harness import (
+    Benchmark,
+    Loss,
+    Operands,
+    Provider,
+    Result,
+    Step,
+    autograd_step,
+    main,
+)
+from fastclip.kernels import reference
+from fastclip.losses import clip_loss
+from fastclip.ops.dispatch import Impl
+
+GIB = 1 << 30
+EVERYTHING = 1 << 50
+"""A budget in bytes that no case exceeds."""
+
+
+def fastclip(impl: Impl, budget: int = 0) -> Callable[[Case], Step]:
+    """This project's loss; features of any length are brought to unit length by the kernels.
+
+    Args:
+        budget: bytes for exponentials kept from the first pass; 0 computes them again.
+    """
+
+    def build(case: Case) -> Step:
+        if case.world > 1:
+            return stripe(case, impl)
+
+        def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+            return clip_loss(
+                image, text, scale, impl=impl, **_known(normalize=case.normalize, memory_budget=budget)
+            )
+
+        return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
+
+    return build
+
+
+def stripe(case: Case, impl: Impl) -> Step:
+    """Both passes of rank 0 over its rows and all columns; its sums stand in for all ranks'."""
+    if impl == "triton":
+        from fastclip.kernels import contrastive as passes
+    else:
+        passes = reference
+
+    @torch.no_grad()
+    def step(operands: Operands) -> Result:
+        image, text, scale, _ = operands
+        rows = image[: case.rows]
+        statistics = passes.contrastive_statistics(rows, text, scale)
+        others_of_row, others_of_column, own, gap = statistics
+        mine = others_of_column[: case.rows]
+        loss = reference.contrastive_loss(others_of_row, mine, own, gap, case.pairs)
+        own_of_column = own.repeat(case.world)
+        gradients = passes.contrastive_gradients(
+            rows, text, scale, others_of_row, others_of_column, own_of_column
+        )
+        return Result(loss, gradients.d_rows, gradients.d_columns)
+
+    return step
+
+
+def _from_loss(build: Callable[[Case], Loss]) -> Callable[[Case], Step]:
+    return lambda case: autograd_step(build(case), case)
+
+
+def _compiled_open_clip(case: Case) -> Loss:
+    return peers.compiled(peers.open_clip_contrastive(case))
+
+
+def _open_clip(case: Case) -> Step:
+    if case.world > 1:
+        return peers.open_clip_stripe(case)
+    return autograd_step(peers.open_clip_contrastive(case), case)
+
+
+def _known(**arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that `clip_loss` has."""
+    return {k: v for k, v in arguments.items() if k in inspect.signature(clip_loss).parameters}
+
+
+def _stored_in_part(case: Case) -> bool:
+    """Whether a budget of some GiB is less than all exponentials, and more than none."""
+    return case.world == 1 and 2 * case.rows * case.pairs > 2 * GIB
+
+
+OPEN_CLIP: dict[str, Any] = {
+    "module": "open_clip",
+    "distribution": "open_clip_torch",
+    "install": "open_clip_torch",
+}
+CCE: dict[str, Any] = {
+    "module": "cut_cross_entropy",
+    "distribution": "cut-cross-entropy",
+    "install": "cut-cross-entropy==25.1.1",
+}
+
+PROVIDERS = (
+    Provider("fastclip", fastclip("triton"), graph=True, accepts=lambda case: True),
+    Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True),
+    Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_stored_in_part),
+    Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_stored_in_part),
+    Provider(
+        "reference", fastclip("reference"), needs_cuda=False, accepts=lambda case: True
+    ),
+    Provider(
+        "torch-compile",
+        _from_loss(lambda case: peers.compiled(peers.plain_contrastive)),
+        module="torch", distribution="torch", install="torch",
+    ),
+    Provider("open_clip", _open_clip, needs_cuda=False, accepts=lambda case: True, **OPEN_CLIP),
+    Provider("open_clip-compile", _from_loss(_compiled_open_clip), **OPEN_CLIP),
+    Provider(
+        "memeff", _from_loss(peers.memeff),
+        module="memeff", distribution="memeff", install="memeff",
+    ),
+    Provider(
+        "cut-cross-entropy", _from_loss(peers.cut_cross_entropy(None)), **CCE
+    ),
+    Provider(
+        "cut-cross-entropy-filtered", _from_loss(peers.cut_cross_entropy("auto")),
+        accepts=lambda case: case in CONTRASTIVE_SETS["accuracy"], **CCE,
+    ),
+    # Last, since an illegal access in a kernel ends the run.
+    Provider(
+        "inf-cl", _from_loss(peers.inf_cl),
+        module="inf_cl", distribution="inf-cl", install="inf-cl",
+    ),
+)  # fmt: skip
+
+BENCHMARK = Benchmark(
+    name="contrastive",
+    providers=PROVIDERS,
+    sets=CONTRASTIVE_SETS,
+    bias=None,
+    expected=accuracy.expected_contrastive,
+    variants=plan.CONTRASTIVE,
+    step_units=4,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))

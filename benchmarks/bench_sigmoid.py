@@ -1,0 +1,103 @@
+"""The sigmoid loss beside its peers: ``python -m benchmarks.bench_sigmoid``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy, peers, plan
+from benchmarks.cases import SIGMOID_SETS, Case
+from benchmarks.harness import Benchmark, Operands, Provider, Result, Step, autograd_step, main
+from fastclip.kernels import reference
+from fastclip.losses import siglip_loss
+from fastclip.ops.dispatch import Impl
+
+BIAS = -10.0
+"""The paper's at the start of training."""
+
+
+def fastclip(impl: Impl) -> Callable[[Case], Step]:
+    """This project's loss; features of any length are brought to unit length by the kernels."""
+
+    def build(case: Case) -> Step:
+        if case.world > 1:
+            return stripe(case, impl)
+
+        def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            return siglip_loss(
+                image, text, scale, bias, impl=impl, **_known(normalize=case.normalize)
+            )
+
+        return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
+
+    return build
+
+
+def stripe(case: Case, impl: Impl) -> Step:
+    """Loss and gradients of rank 0's rows against all columns."""
+    if impl == "triton":
+        from fastclip.kernels import sigmoid as passes
+    else:
+        passes = reference
+
+    @torch.no_grad()
+    def step(operands: Operands) -> Result:
+        image, text, scale, bias = operands
+        assert bias is not None
+        rows = image[: case.rows]
+        loss = passes.sigmoid_loss(rows, text, scale, bias)
+        gradients = passes.sigmoid_gradients(rows, text, scale, bias)
+        return Result(loss, gradients.d_rows, gradients.d_columns)
+
+    return step
+
+
+def _open_clip(case: Case) -> Step:
+    return autograd_step(peers.open_clip_sigmoid(case), case)
+
+
+def _compiled(case: Case) -> Step:
+    return autograd_step(peers.compiled(peers.plain_sigmoid), case)
+
+
+def _siglip_kernel(case: Case) -> Step:
+    if case.world > 1:
+        return peers.siglip_kernel_stripe(case)
+    return autograd_step(peers.siglip_kernel(case), case)
+
+
+def _known(**arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that `siglip_loss` has."""
+    return {k: v for k, v in arguments.items() if k in inspect.signature(siglip_loss).parameters}
+
+
+PROVIDERS = (
+    Provider("fastclip", fastclip("triton"), graph=True, accepts=lambda case: True),
+    Provider("reference", fastclip("reference"), needs_cuda=False, accepts=lambda case: True),
+    Provider("torch-compile", _compiled, "torch", "torch", "torch"),
+    Provider(
+        "open_clip", _open_clip, "open_clip", "open_clip_torch", "open_clip_torch", needs_cuda=False
+    ),
+    Provider(
+        "siglip-kernel", _siglip_kernel, "siglip_kernel", "siglip-kernel", "siglip-kernel",
+        graph=True, accepts=lambda case: True,
+    ),
+)  # fmt: skip
+
+BENCHMARK = Benchmark(
+    name="sigmoid",
+    providers=PROVIDERS,
+    sets=SIGMOID_SETS,
+    bias=BIAS,
+    expected=accuracy.expected_sigmoid,
+    variants=plan.SIGMOID,
+    step_units=3,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))
