@@ -93,7 +93,9 @@ def expected_sigmoid(
     return _expected(total / count, sample, d_image, d_text, image, text, normalize)
 
 
-def errors(expected: Expected, loss: Tensor, d_image: Tensor | None, d_text: Tensor | None) -> Errors:
+def errors(
+    expected: Expected, loss: Tensor, d_image: Tensor | None, d_text: Tensor | None
+) -> Errors:
     """Errors of results with the full shapes [], [N, D], [N, D]; NaN where they are NaN."""
     loss_error = abs(float(loss) - expected.loss) / max(abs(expected.loss), 1e-300)
     if d_image is None or d_text is None:

@@ -44,7 +44,11 @@ def fastclip(impl: Impl, budget: int = 0) -> Callable[[Case], Step]:
 
         def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
             return clip_loss(
-                image, text, scale, impl=impl, **_known(normalize=case.normalize, memory_budget=budget)
+                image,
+                text,
+                scale,
+                impl=impl,
+                **_known(normalize=case.normalize, memory_budget=budget),
             )
 
         return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))

@@ -137,9 +137,7 @@ def autograd_step(loss: Loss, case: Case, normalizes: bool = False) -> Step:
     return step
 
 
-def make_operands(
-    case: Case, bias: float | None, device: torch.device, seed: int = 0
-) -> Operands:
+def make_operands(case: Case, bias: float | None, device: torch.device, seed: int = 0) -> Operands:
     """Random features of a case, the same for every provider on a device."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (case.pairs, case.dims)
@@ -284,7 +282,7 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
 def _prepare(
     benchmark: Benchmark, case: Case, device: torch.device, reference_tflop: float
 ) -> tuple[Operands | None, accuracy.Expected | None]:
-    """A case's operands, and what is expected of them; None for what does not fit or is too much."""
+    """A case's operands and what they should give; None for what does not fit or is too much."""
     try:
         operands = make_operands(case, benchmark.bias, device)
     except torch.OutOfMemoryError:

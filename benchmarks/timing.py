@@ -61,7 +61,7 @@ def time_graph(call: Call, device: torch.device, seconds: float) -> Timing:
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Most bytes allocated during `call` beyond what was before, its results included; CUDA only."""
+    """Most bytes allocated by `call` at a time, its results included; None off CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

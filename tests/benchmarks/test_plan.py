@@ -1,0 +1,112 @@
+"""The plan's numbers against counts made another way: torch's FLOP counter, loops over chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from benchmarks import peers, plan
+from benchmarks.cases import Case
+from benchmarks.harness import Loss, make_operands
+from fastclip.kernels import reference
+
+CASE = Case(64, 16, "fp32")
+
+
+def _counter() -> FlopCounterMode:
+    # torch counts a product that is added in place only when told how.
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+
+
+def _units(loss: Loss, bias: float | None = None) -> float:
+    leaves = [x for x in make_operands(CASE, bias, torch.device("cpu")) if x is not None]
+    with _counter() as counter:
+        loss(*leaves).backward()
+    return counter.get_total_flops() / CASE.unit
+
+
+def test_units_are_what_the_passes_multiply() -> None:
+    operands = make_operands(CASE, -10.0, torch.device("cpu"))
+    image, text, scale, bias = (x.detach() for x in operands if x is not None)
+    with _counter() as forward:
+        first = reference.contrastive_statistics(image, text, scale)
+    with _counter() as backward:
+        reference.contrastive_gradients(image, text, scale, *first[:3])
+    with _counter() as sigmoid:
+        reference.sigmoid_loss(image, text, scale, bias)
+        reference.sigmoid_gradients(image, text, scale, bias)
+    counted = [each.get_total_flops() / CASE.unit for each in (forward, backward, sigmoid)]
+    assert counted == [1, 3, 4]
+    assert plan.recompute(CASE).units == plan.sigmoid(CASE).units == 4
+    assert plan.stored(CASE).units == 3  # a product of four is not computed again
+    assert plan.recompute(Case(64, 16, part="forward")).units == 1
+
+
+def test_units_of_open_clip() -> None:
+    pytest.importorskip("open_clip")
+    assert _units(peers.open_clip_contrastive(CASE)) == plan.materialized(CASE).units
+    assert _units(peers.open_clip_sigmoid(CASE), -10.0) == plan.materialized_sigmoid(CASE).units
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_traffic_and_launches_chunk_by_chunk(
+    world: int, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(4096, 512, "bf16", normalize=normalize, world=world)
+    monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 4096 * 384)
+    rows, columns, dims = case.rows, case.pairs, case.dims
+    recompute = stored = launches = 0
+    tower = 2 * dims  # bytes of a feature vector
+    wide = 4 * dims
+    for first in range(0, rows, 384):
+        c = min(384, rows - first)
+        tiles = -(-c // 128) * (columns // 128)
+        features = tower * (c + columns)
+        # A maximum and a sum for each row and each column of a tile; a last tile may be narrower.
+        partial = 8 * (c * columns // 128) + 8 * columns * tiles // (columns // 128)
+        statistics = features + 2 * partial
+        tile_pass = features + 2 * c * columns + 2 * 4 * c * columns // 128
+        d_rows = 2 * c * columns + tower * columns + wide * c
+        d_columns = 2 * c * columns + tower * c + wide * columns  # product
+        d_columns += 3 * wide * columns  # added: two read, one written
+        recompute += statistics + tile_pass + d_rows + d_columns
+        stored += statistics + 2 * c * columns + d_rows + d_columns
+        launches += 4
+    finish = (wide + tower) * (rows + columns)
+    if normalize:
+        finish += 2 * tower * (rows + columns)
+    assert plan.recompute(case).bytes_moved == recompute + finish
+    assert plan.stored(case).bytes_moved == stored + finish
+    assert plan.recompute(case).launches == launches
+    assert plan.stored(case).launches == launches * 3 // 4
+
+
+def test_memory_and_floor_of_the_headline() -> None:
+    case = Case(65_536, 768)
+    gradients = 2 * 65_536 * 768 * 4
+    product = 65_536 * 768 * 4
+    assert plan.recompute(case).extra_bytes == gradients + product + (1 << 28) * 2
+    assert plan.stored(case).extra_bytes == gradients + product + 2 * 65_536**2
+    # 4u at 800 TFLOP/s; the traffic takes less.
+    assert plan.recompute(case).floor_ms(800, 3.0, case.unit) == pytest.approx(32.98, abs=0.01)
+    assert plan.inf_cl(case).floor_ms(800, 3.0, case.unit) == pytest.approx(164.9, abs=0.1)
+    # With little memory bandwidth the traffic is the floor.
+    work = plan.recompute(case)
+    assert work.bytes_moved is not None
+    assert work.floor_ms(800, 0.1, case.unit) == pytest.approx(work.bytes_moved / 1e8)
+
+
+def test_peers_that_pad_pay_for_it() -> None:
+    assert plan.memeff(Case(64, 512)).units == 5
+    assert plan.memeff(Case(64, 768)).units == pytest.approx(5 + 2 / 3)
+    assert plan.memeff(Case(64, 1152)).units == 6
+
+
+def test_constants_are_the_kernels() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fastclip.kernels import contrastive, tiling
+
+    assert plan.CHUNK_ELEMENTS == contrastive.CHUNK_ELEMENTS
+    assert tiling.tiling(torch.bfloat16, 90).block_n == plan.TILE
