@@ -10,18 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, peers, plan
+from benchmarks import losses, peers, plan
 from benchmarks.cases import CONTRASTIVE_SETS, Case
-from benchmarks.harness import (
-    Benchmark,
-    Loss,
-    Operands,
-    Provider,
-    Result,
-    Step,
-    autograd_step,
-    main,
-)
+from benchmarks.harness import Provider, main
+from benchmarks.losses import Loss, Operands, Result, Step, autograd_step, whole
 from fastclip.kernels import reference
 from fastclip.losses import clip_loss
 from fastclip.ops.dispatch import Impl
@@ -101,61 +93,39 @@ def _known(**arguments: Any) -> dict[str, Any]:
 
 def _stored_in_part(case: Case) -> bool:
     """Whether a budget of some GiB is less than all exponentials, and more than none."""
-    return case.world == 1 and 2 * case.rows * case.pairs > 2 * GIB
+    return whole(case) and 2 * case.rows * case.pairs > 2 * GIB
 
 
-OPEN_CLIP: dict[str, Any] = {
-    "module": "open_clip",
-    "distribution": "open_clip_torch",
-    "install": "open_clip_torch",
-}
-CCE: dict[str, Any] = {
-    "module": "cut_cross_entropy",
-    "distribution": "cut-cross-entropy",
-    "install": "cut-cross-entropy==25.1.1",
-}
+# Module, distribution, pip's arguments.
+OPEN_CLIP = ("open_clip", "open_clip_torch", "open_clip_torch")
+CCE = ("cut_cross_entropy", "cut-cross-entropy", "cut-cross-entropy==25.1.1")
 
 PROVIDERS = (
-    Provider("fastclip", fastclip("triton"), graph=True, accepts=lambda case: True),
-    Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True),
+    Provider("fastclip", fastclip("triton"), graph=True),
+    Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True, accepts=whole),
     Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_stored_in_part),
     Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_stored_in_part),
+    Provider("reference", fastclip("reference"), needs_cuda=False),
     Provider(
-        "reference", fastclip("reference"), needs_cuda=False, accepts=lambda case: True
+        "torch-compile", _from_loss(lambda case: peers.compiled(peers.plain_contrastive)),
+        "torch", "torch", "torch", accepts=whole,
+    ),
+    Provider("open_clip", _open_clip, *OPEN_CLIP, needs_cuda=False),
+    Provider("open_clip-compile", _from_loss(_compiled_open_clip), *OPEN_CLIP, accepts=whole),
+    Provider("memeff", _from_loss(peers.memeff), "memeff", "memeff", "memeff", accepts=whole),
+    Provider(
+        "cut-cross-entropy", _from_loss(peers.cut_cross_entropy(None)), *CCE, accepts=whole
     ),
     Provider(
-        "torch-compile",
-        _from_loss(lambda case: peers.compiled(peers.plain_contrastive)),
-        module="torch", distribution="torch", install="torch",
-    ),
-    Provider("open_clip", _open_clip, needs_cuda=False, accepts=lambda case: True, **OPEN_CLIP),
-    Provider("open_clip-compile", _from_loss(_compiled_open_clip), **OPEN_CLIP),
-    Provider(
-        "memeff", _from_loss(peers.memeff),
-        module="memeff", distribution="memeff", install="memeff",
-    ),
-    Provider(
-        "cut-cross-entropy", _from_loss(peers.cut_cross_entropy(None)), **CCE
-    ),
-    Provider(
-        "cut-cross-entropy-filtered", _from_loss(peers.cut_cross_entropy("auto")),
-        accepts=lambda case: case in CONTRASTIVE_SETS["accuracy"], **CCE,
+        "cut-cross-entropy-filtered", _from_loss(peers.cut_cross_entropy("auto")), *CCE,
+        accepts=lambda case: case in CONTRASTIVE_SETS["accuracy"],
     ),
     # Last, since an illegal access in a kernel ends the run.
-    Provider(
-        "inf-cl", _from_loss(peers.inf_cl),
-        module="inf_cl", distribution="inf-cl", install="inf-cl",
-    ),
+    Provider("inf-cl", _from_loss(peers.inf_cl), "inf_cl", "inf-cl", "inf-cl", accepts=whole),
 )  # fmt: skip
 
-BENCHMARK = Benchmark(
-    name="contrastive",
-    providers=PROVIDERS,
-    sets=CONTRASTIVE_SETS,
-    bias=None,
-    expected=accuracy.expected_contrastive,
-    variants=plan.CONTRASTIVE,
-    step_units=4,
+BENCHMARK = losses.benchmark(
+    "contrastive", losses.CONTRASTIVE, PROVIDERS, CONTRASTIVE_SETS, plan.CONTRASTIVE
 )
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, peers, plan
+from benchmarks import losses, peers, plan
+from benchmarks.bench_contrastive import OPEN_CLIP
 from benchmarks.cases import SIGMOID_SETS, Case
-from benchmarks.harness import Benchmark, Operands, Provider, Result, Step, autograd_step, main
+from benchmarks.harness import Provider, main
+from benchmarks.losses import Operands, Result, Step, autograd_step, whole
 from fastclip.kernels import reference
 from fastclip.losses import siglip_loss
 from fastclip.ops.dispatch import Impl
-
-BIAS = -10.0
-"""The paper's at the start of training."""
 
 
 def fastclip(impl: Impl) -> Callable[[Case], Step]:
@@ -77,27 +76,17 @@ def _known(**arguments: Any) -> dict[str, Any]:
 
 
 PROVIDERS = (
-    Provider("fastclip", fastclip("triton"), graph=True, accepts=lambda case: True),
-    Provider("reference", fastclip("reference"), needs_cuda=False, accepts=lambda case: True),
-    Provider("torch-compile", _compiled, "torch", "torch", "torch"),
-    Provider(
-        "open_clip", _open_clip, "open_clip", "open_clip_torch", "open_clip_torch", needs_cuda=False
-    ),
+    Provider("fastclip", fastclip("triton"), graph=True),
+    Provider("reference", fastclip("reference"), needs_cuda=False),
+    Provider("torch-compile", _compiled, "torch", "torch", "torch", accepts=whole),
+    Provider("open_clip", _open_clip, *OPEN_CLIP, needs_cuda=False, accepts=whole),
     Provider(
         "siglip-kernel", _siglip_kernel, "siglip_kernel", "siglip-kernel", "siglip-kernel",
-        graph=True, accepts=lambda case: True,
+        graph=True,
     ),
 )  # fmt: skip
 
-BENCHMARK = Benchmark(
-    name="sigmoid",
-    providers=PROVIDERS,
-    sets=SIGMOID_SETS,
-    bias=BIAS,
-    expected=accuracy.expected_sigmoid,
-    variants=plan.SIGMOID,
-    step_units=3,
-)
+BENCHMARK = losses.benchmark("sigmoid", losses.SIGMOID, PROVIDERS, SIGMOID_SETS, plan.SIGMOID)
 
 if __name__ == "__main__":
     sys.exit(main(BENCHMARK))

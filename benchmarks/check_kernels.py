@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks import accuracy, bench_contrastive, bench_sigmoid, peers, record
+from benchmarks import accuracy, bench_contrastive, bench_sigmoid, losses, peers, record
 from benchmarks.cases import Case
-from benchmarks.harness import CASE_COLUMNS, Benchmark, autograd_step, make_operands
+from benchmarks.harness import Benchmark
+from benchmarks.losses import Definition, Loss, autograd_step, make_operands
 
 SHAPES = (
     (130, 64, False), (67, 640, True), (131, 512, False), (97, 768, False), (33, 1024, False),
@@ -40,15 +40,16 @@ ROUNDING = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 1e-4}
 LOSS_CAP = 1e-5
 """The loss's, under the same conditions."""
 
+CASE_COLUMNS = tuple(field.name for field in fields(Case))
 KEY = ("commit", "dirty", "device", "benchmark", "provider", *CASE_COLUMNS)
 COLUMNS = (
     *record.STAMP_COLUMNS, "benchmark", "provider", *CASE_COLUMNS, "loss", "loss_error",
     "loss_limit", "gradient_error", "gradient_limit", "passed",
 )  # fmt: skip
 
-BENCHMARKS: tuple[tuple[Benchmark, Callable[..., Tensor]], ...] = (
-    (bench_contrastive.BENCHMARK, peers.plain_contrastive),
-    (bench_sigmoid.BENCHMARK, peers.plain_sigmoid),
+LOSSES: tuple[tuple[Benchmark, Definition, Loss], ...] = (
+    (bench_contrastive.BENCHMARK, losses.CONTRASTIVE, peers.plain_contrastive),
+    (bench_sigmoid.BENCHMARK, losses.SIGMOID, peers.plain_sigmoid),
 )
 
 
@@ -60,7 +61,7 @@ def cases(quick: bool, dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def check(
-    benchmark: Benchmark, plain: Callable[..., Tensor], case: Case, device: torch.device
+    benchmark: Benchmark, definition: Definition, plain: Loss, case: Case, device: torch.device
 ) -> Iterator[dict[str, object]]:
     """One row per Triton provider: its errors and whether they are within the contract.
 
@@ -68,9 +69,8 @@ def check(
     loss is not close to 0. Lengths have no cap: in half precision, unit features are rounded before
     they are multiplied, and long features' gradients underflow.
     """
-    operands = make_operands(case, benchmark.bias, device)
-    image, text = operands.image, operands.text
-    expected = benchmark.expected(image, text, case.scale, benchmark.bias, case.normalize)
+    operands = make_operands(case, definition.bias, device)
+    expected = losses.expectation(definition, case, operands)
     theirs = accuracy.errors(expected, *autograd_step(plain, case)(operands))
     assert theirs.gradient is not None
     limit = max(1.5 * theirs.gradient, ROUNDING[case.dtype])
@@ -117,12 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     failed = done = 0
-    for case, (benchmark, plain) in itertools.product(cases(options.quick, dtypes), BENCHMARKS):
-        for row in check(benchmark, plain, case, device):
+    for case, loss in itertools.product(cases(options.quick, dtypes), LOSSES):
+        for row in check(*loss, case, device):
             done += 1
             if not row["passed"]:
                 failed += 1
-                print(f"FAILED {benchmark.name} {row['provider']} {case}: {row}")
+                print(f"FAILED {case}: {row}")
             rows.write({**stamp.columns(), **row})
     print(f"check_kernels: {done} checked, {failed} above their limit")
     return int(failed > 0)

@@ -65,7 +65,8 @@ PARTS = (
     Part("triton_tests", ((*_CHECK,),), 120, stamped=True),
     Part("gpu_tests", ((*_PYTEST, "-m", "gpu", "tests/kernels", "tests/losses"),), 60),
     Part("contrastive", (("python", "-m", "benchmarks.bench_contrastive"),), 270, stamped=True),
-    Part("sigmoid", (("python", "-m", "benchmarks.bench_sigmoid"),), 90, stamped=True),
+    Part("sigmoid", (("python", "-m", "benchmarks.bench_sigmoid"),), 80, stamped=True),
+    Part("similarity", (("python", "-m", "benchmarks.bench_similarity"),), 70, stamped=True),
     Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
     *(
         Part(

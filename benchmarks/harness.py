@@ -1,7 +1,7 @@
 """Providers × cases: each combination is measured once, and is one row of a CSV file.
 
-A provider is one way to compute a loss. What goes wrong with it on a case, out of memory included,
-is the row's result; the next one is measured all the same.
+A provider is one way to compute something. What goes wrong with it on a case, out of memory
+included, is the row's result; the next one is measured all the same.
 """
 
 from __future__ import annotations
@@ -13,64 +13,32 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks import accuracy, plan, record, timing
-from benchmarks.cases import DTYPES, Case
+from benchmarks import plan, record, timing
 
 RESUME = 75
 """Exit status when the device is lost to a kernel's error: the same command goes on from there."""
 
 RESULT_COLUMNS = (
     "median_ms", "p20_ms", "p80_ms", "runs", "graph_ms", "graph_error", "peak_bytes", "tflops",
-    "matmul_tflops", "matmul_share", "loss_error", "gradient_error", "error",
+    "matmul_tflops", "matmul_share",
 )  # fmt: skip
-CASE_COLUMNS = tuple(field.name for field in fields(Case))
-COLUMNS = (*record.STAMP_COLUMNS, "provider", "version", *CASE_COLUMNS, *RESULT_COLUMNS)
-KEY = ("commit", "dirty", "device", "provider", *CASE_COLUMNS)
 
-
-class Operands(NamedTuple):
-    """What a loss is given; all are leaves that require gradients."""
-
-    image: Tensor
-    """[N, D] of the case's dtype."""
-
-    text: Tensor
-    """[N, D] of the case's dtype; row i belongs to image i."""
-
-    scale: Tensor
-    """fp32 []."""
-
-    bias: Tensor | None
-    """fp32 [], of the sigmoid loss."""
-
-
-class Result(NamedTuple):
-    """What a provider computes; gradients by the features as given, None in a forward."""
-
-    loss: Tensor
-    d_image: Tensor | None = None
-    d_text: Tensor | None = None
-
-
-Step = Callable[[Operands], Result]
-Loss = Callable[..., Tensor]
-"""From image and text features, scale and, of the sigmoid loss, bias to the loss, []."""
+AnyCase = Any
+"""A benchmark's own frozen dataclass, with `unit`, the FLOP of one product of its matrix."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a loss."""
+    """One way to compute what a benchmark measures."""
 
     name: str
 
-    build: Callable[[Case], Step]
-    """Imports what is needed and returns what is measured."""
+    build: Callable[[AnyCase], Callable[[Any], Any]]
+    """Imports what is needed and returns what is measured: from operands to a result."""
 
     module: str = "fastclip"
     """Must be importable."""
@@ -86,93 +54,75 @@ class Provider:
     graph: bool = False
     """Whether to time replays of it as a CUDA graph too."""
 
-    accepts: Callable[[Case], bool] = lambda case: case.world == 1
+    accepts: Callable[[AnyCase], bool] = lambda case: True
 
     def present(self) -> bool:
-        """Whether its module is installed; nothing is imported."""
+        """Whether its module is installed; of it, nothing is executed."""
         return importlib.util.find_spec(self.module) is not None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A loss with the ways to compute it and the shapes to compute it on."""
+    """Something to compute, with the ways to do so and the shapes to do it on."""
 
     name: str
     """Of the program and of the file of results."""
 
+    case_type: type
     providers: tuple[Provider, ...]
-    sets: Mapping[str, tuple[Case, ...]]
-    bias: float | None
-    expected: Callable[[Tensor, Tensor, float, float | None, bool], accuracy.Expected]
+    sets: Mapping[str, tuple[AnyCase, ...]]
+    """Of cases, `small` and `tiny` among them: the defaults on a GPU and on a CPU."""
+
     variants: tuple[plan.Variant, ...]
 
-    step_units: int
-    """Products of the size of S that TFLOP/s of a step are counted in, whatever is computed."""
+    operands: Callable[[AnyCase, torch.device], Any]
+    expected: Callable[[AnyCase, Any], Any]
+    """From a case and its operands to what is expected, in fp64; None where nothing is."""
 
+    errors: Callable[[Any, Any], Mapping[str, float | None]]
+    """From what is expected and a result to cells of `error_columns`."""
 
-def autograd_step(loss: Loss, case: Case, normalizes: bool = False) -> Step:
-    """A step from a loss that autograd differentiates.
+    error_columns: tuple[str, ...]
 
-    Args:
-        loss: see `Loss`.
-        normalizes: whether it brings features to unit length itself where the case asks for that.
-    """
+    counted_units: Callable[[AnyCase], int]
+    """Products in `unit` that TFLOP/s are counted in, whatever a provider computes."""
 
-    def forward(operands: Operands) -> Tensor:
-        image, text, scale, bias = operands
-        if case.normalize and not normalizes:
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        return loss(image, text, scale) if bias is None else loss(image, text, scale, bias)
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Columns that say which measurement a row is."""
+        case = (field.name for field in fields(self.case_type))
+        return ("commit", "dirty", "device", "provider", *case)
 
-    def step(operands: Operands) -> Result:
-        if case.part == "forward":
-            with torch.no_grad():
-                return Result(forward(operands))
-        value = forward(operands)
-        leaves = [leaf for leaf in operands if leaf is not None]
-        # Not every peer has a gradient for the scale.
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-        return Result(value.detach(), gradients[0], gradients[1])
-
-    return step
-
-
-def make_operands(case: Case, bias: float | None, device: torch.device, seed: int = 0) -> Operands:
-    """Random features of a case, the same for every provider on a device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (case.pairs, case.dims)
-    image = torch.randn(shape, generator=generator, device=device)
-    text = torch.randn(shape, generator=generator, device=device).mul_(case.noise).add_(image)
-    features = (image, text) if case.normalize else (F.normalize(image), F.normalize(text))
-    image, text = (x.to(DTYPES[case.dtype]).requires_grad_() for x in features)
-    scale = torch.tensor(case.scale, device=device, requires_grad=True)
-    shift = None if bias is None else torch.tensor(bias, device=device, requires_grad=True)
-    return Operands(image, text, scale, shift)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns, in order."""
+        case = (field.name for field in fields(self.case_type))
+        results = (*RESULT_COLUMNS, *self.error_columns, "error")
+        return (*record.STAMP_COLUMNS, "provider", "version", *case, *results)
 
 
 def measure(
     provider: Provider,
-    case: Case,
-    operands: Operands | None,
-    expected: accuracy.Expected | None,
+    case: AnyCase,
+    operands: Any,
+    errors: Callable[[Any], Mapping[str, float | None]],
+    device: torch.device,
     seconds: float,
 ) -> dict[str, object]:
     """Cells of a row, without the stamp; an exception's first line as `error`, and then no times.
 
     Args:
         operands: None where they did not fit in the device's memory.
-        expected: None where errors are not asked for.
+        errors: of a result.
         seconds: see `run`.
     """
     if operands is None:
-        return {"error": "OOM: the features alone"}
-    device = operands.image.device
+        return {"error": "OOM: the operands alone"}
     cells: dict[str, object] = {}
     try:
         step = provider.build(case)
         result = step(operands)  # compiles
-        if expected is not None:
-            cells["loss_error"], cells["gradient_error"] = accuracy.errors(expected, *result)
+        cells |= errors(result)
         del result
         cells["peak_bytes"] = timing.peak_extra_bytes(lambda: step(operands), device)
         times = timing.time_calls(lambda: step(operands), device, seconds)
@@ -192,7 +142,7 @@ def measure(
 
 def run(
     benchmark: Benchmark,
-    cases: Sequence[Case],
+    cases: Sequence[AnyCase],
     providers: Sequence[Provider],
     rows: record.Record,
     stamp: record.Stamp,
@@ -219,10 +169,10 @@ def run(
         if not todo:
             continue
         rate = rate or timing.matmul_tflops(device)
-        operands, expected = _prepare(benchmark, case, device, reference_tflop)
+        operands, errors = _prepare(benchmark, case, device, reference_tflop)
         for provider in todo:
-            cells = measure(provider, case, operands, expected, seconds)
-            cells |= _rates(cells, case, benchmark.step_units, rate)
+            cells = measure(provider, case, operands, errors, device, seconds)
+            cells |= _rates(cells, benchmark.counted_units(case) * case.unit, rate)
             rows.write(
                 {
                     **stamp.columns(),
@@ -251,7 +201,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     providers = [provider for provider in benchmark.providers if provider.name in chosen]
     try:
         stamp = record.stamp(options.commit, options.dirty, device)
-        rows = record.Record(options.out / f"{benchmark.name}.csv", COLUMNS, KEY)
+        rows = record.Record(
+            options.out / f"{benchmark.name}.csv", benchmark.columns, benchmark.key
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -264,7 +216,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
 def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark.name}")
     add = parser.add_argument
-    add("--cases", nargs="+", choices=benchmark.sets, help="default: small; on a CPU, tiny")
+    add("--cases", nargs="+", choices=list(benchmark.sets), help="default: small; on a CPU, tiny")
     names = [provider.name for provider in benchmark.providers]
     add("--providers", nargs="+", choices=names, help="default: all that are installed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -280,21 +232,21 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
 
 
 def _prepare(
-    benchmark: Benchmark, case: Case, device: torch.device, reference_tflop: float
-) -> tuple[Operands | None, accuracy.Expected | None]:
-    """A case's operands and what they should give; None for what does not fit or is too much."""
+    benchmark: Benchmark, case: AnyCase, device: torch.device, reference_tflop: float
+) -> tuple[Any, Callable[[Any], Mapping[str, float | None]]]:
+    """A case's operands, None if they do not fit, and the errors of a result, none if too large."""
     try:
-        operands = make_operands(case, benchmark.bias, device)
+        operands = benchmark.operands(case, device)
     except torch.OutOfMemoryError:
-        return None, None
-    if case.world > 1 or case.unit > reference_tflop * 1e12:
-        return operands, None
-    image, text = operands.image, operands.text
+        return None, lambda result: {}
     try:
-        expected = benchmark.expected(image, text, case.scale, benchmark.bias, case.normalize)
+        cheap = case.unit <= reference_tflop * 1e12
+        expected = benchmark.expected(case, operands) if cheap else None
     except torch.OutOfMemoryError:
         expected = None
-    return operands, expected
+    if expected is None:
+        return operands, lambda result: {}
+    return operands, lambda result: benchmark.errors(expected, result)
 
 
 def _usable(provider: Provider, device: torch.device) -> bool:
@@ -307,19 +259,18 @@ def _usable(provider: Provider, device: torch.device) -> bool:
     return True
 
 
-def _key(stamp: record.Stamp, provider: Provider, case: Case) -> dict[str, object]:
+def _key(stamp: record.Stamp, provider: Provider, case: AnyCase) -> dict[str, object]:
     return {**asdict(stamp), "provider": provider.name, **asdict(case)}
 
 
 def _rates(
-    cells: Mapping[str, object], case: Case, step_units: int, matmul_rate: float | None
+    cells: Mapping[str, object], counted: float, matmul_rate: float | None
 ) -> dict[str, object]:
     """TFLOP/s of the counted work, beside the matmul's."""
     median = cells.get("median_ms")
     if not isinstance(median, float):
         return {"matmul_tflops": matmul_rate}
-    units = step_units if case.part == "step" else 1
-    tflops = units * case.unit / median / 1e9
+    tflops = counted / median / 1e9
     share = tflops / matmul_rate if matmul_rate else None
     return {"tflops": tflops, "matmul_tflops": matmul_rate, "matmul_share": share}
 
@@ -328,9 +279,13 @@ def _summary(cells: Mapping[str, object]) -> str:
     if "error" in cells:
         return str(cells["error"])
     parts = [f"{cells['median_ms']:.4g} ms", f"{cells['tflops']:.4g} TFLOP/s"]
-    peak, error = cells.get("peak_bytes"), cells.get("gradient_error")
+    peak = cells.get("peak_bytes")
     parts.append("– MB" if not isinstance(peak, int) else f"{peak / 1e6:.0f} MB")
-    parts += [f"gradient error {error:.1e}"] if isinstance(error, float) else []
+    parts += [
+        f"{name.replace('_', ' ')} {value:.1e}"
+        for name, value in cells.items()
+        if name.endswith("_error") and isinstance(value, float)
+    ]
     return ", ".join(parts)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.harness import Loss, Operands, Result, Step
+from benchmarks.losses import Loss, Operands, Result, Step
 
 
 def plain_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.cases import Case
 
@@ -26,9 +26,8 @@ class Work(NamedTuple):
     """Products of the size of S, in u."""
 
     bytes_moved: int | None = None
-    """Device memory read and written by the passes over S and G and by the gradients' products, if
-    operands that a pass reads more than once come from the L2 cache; vectors are left out but for
-    the tiles' partial sums. None: not derived."""
+    """Device memory read and written, if operands that one launch reads more than once come from
+    the L2 cache. Of vectors, only the tiles' partial sums are counted. None: not derived."""
 
     launches: int | None = None
     """Kernels and library products as large as a chunk of S; those over vectors and features, a
@@ -57,7 +56,8 @@ class Variant:
     """A way to compute a loss, and what it costs."""
 
     name: str
-    work: Callable[[Case], Work]
+    work: Callable[[Any], Work]
+    """From a benchmark's case."""
 
 
 def chunk_rows(case: Case) -> int:
@@ -71,41 +71,48 @@ def chunk_count(case: Case) -> int:
     return _ceil(case.rows, chunk_rows(case))
 
 
-def recompute(case: Case) -> Work:
-    """Softmax loss, S computed in both passes: 1u statistics, 1u again, 2u products."""
-    if case.part == "forward":
-        return _statistics(case)
-    first, second = _statistics(case), _gradient_tiles(case)
-    last = _products(case)
-    return _normalized(
-        case,
-        Work(
-            first.units + second.units + last.units,
-            _sum(first.bytes_moved, second.bytes_moved, last.bytes_moved),
-            _sum(first.launches, second.launches, last.launches),
-            _peak(case, held=0, chunk=case.element_bytes * chunk_rows(case) * case.pairs),
-        ),
-    )
+def kept_bytes(case: Case) -> int:
+    """Bytes of a kept exponential: fp16 has too few exponents, and bf16 takes its place."""
+    return max(2, case.element_bytes)
 
 
-def stored(case: Case) -> Work:
-    """Softmax loss with exponentials kept from the first pass: 1u statistics, 2u products.
+def kept_rows(case: Case, budget: int) -> int:
+    """Rows of the whole chunks whose exponentials fit into the budget, in bytes."""
+    fitting = budget // (kept_bytes(case) * case.pairs)
+    return case.rows if fitting >= case.rows else fitting // chunk_rows(case) * chunk_rows(case)
 
-    They are half-precision, b·N of them, written once and read by each product.
+
+def two_pass(budget: int) -> Callable[[Case], Work]:
+    """The softmax loss's passes: 1u statistics, G, and 2u products with it.
+
+    Exponentials of whole chunks that fit into the budget are kept from the first pass, and G is made
+    of them; of the other rows, S is computed again: 4u without any, 3u with all.
+
+    Args:
+        budget: bytes for kept exponentials.
     """
-    if case.part == "forward":
-        return _statistics(case)
-    exponentials = 2 * case.rows * case.pairs
-    first, last = _statistics(case), _products(case)
-    return _normalized(
-        case,
-        Work(
-            first.units + last.units,
-            _sum(first.bytes_moved, exponentials, last.bytes_moved),
-            _sum(first.launches, last.launches),
-            _peak(case, held=exponentials, chunk=0),
-        ),
-    )
+
+    def work(case: Case) -> Work:
+        statistics = _statistics(case)
+        if case.part == "forward":
+            return statistics
+        kept, k = kept_rows(case, budget), chunk_count(case)
+        again = case.rows - kept
+        exponentials = kept_bytes(case) * kept * case.pairs
+        # Written by the first pass and read by the second; of the others, features are read.
+        moved = 2 * exponentials + case.element_bytes * case.dims * again
+        moved += case.element_bytes * case.dims * case.pairs * _ceil(again, chunk_rows(case))
+        return Work(
+            units=3 + again / case.rows,
+            bytes_moved=_sum(statistics.bytes_moved, moved, _products(case), _pairs(case)),
+            launches=_sum(statistics.launches, 3 * k),
+            extra_bytes=_peak(case) + exponentials,
+        )
+
+    return work
+
+
+recompute, stored = two_pass(0), two_pass(1 << 50)
 
 
 def sigmoid(case: Case) -> Work:
@@ -113,7 +120,12 @@ def sigmoid(case: Case) -> Work:
 
     One pass could give both, at 3u; a forward must not compute G, so that there are two.
     """
-    return recompute(case)
+    passes = 1 if case.part == "forward" else 2
+    moved = passes * (_features(case) + 2 * _row_partials(case, 1))
+    if passes == 1:
+        return Work(1.0, moved, chunk_count(case), _row_partials(case, 1))
+    moved += _products(case) + _pairs(case)
+    return Work(4.0, moved, 4 * chunk_count(case), _peak(case))
 
 
 def materialized(case: Case) -> Work:
@@ -156,6 +168,8 @@ def siglip_kernel(case: Case) -> Work:
 
 CONTRASTIVE = (
     Variant("fastclip", recompute),
+    Variant("fastclip-2gib", two_pass(2 << 30)),
+    Variant("fastclip-8gib", two_pass(8 << 30)),
     Variant("fastclip-stored", stored),
     Variant("open_clip", materialized),
     Variant("memeff", memeff),
@@ -170,7 +184,7 @@ SIGMOID = (
 
 
 def table(
-    cases: Sequence[Case], variants: Sequence[Variant], tflops: float, terabytes: float
+    cases: Sequence[Any], variants: Sequence[Variant], tflops: float, terabytes: float
 ) -> str:
     """Every case with every variant, one line each, as text."""
     lines = [
@@ -198,32 +212,27 @@ def _statistics(case: Case) -> Work:
     return Work(1.0, _features(case) + 2 * partial, chunk_count(case), peak)
 
 
-def _gradient_tiles(case: Case) -> Work:
-    """A pass that reads the features, writes G, and one fp32 number per row of a tile."""
-    written = case.element_bytes * case.rows * case.pairs
-    return Work(1.0, _features(case) + written + 2 * _row_partials(case, 1), chunk_count(case))
+def _products(case: Case) -> int:
+    """Bytes of G, and of G·T and Gᵀ·I: G written once and read twice, fp32 results.
 
-
-def _products(case: Case) -> Work:
-    """G·T and Gᵀ·I: G read twice, fp32 gradients, the columns' accumulated over chunks.
-
-    The columns' part of a chunk is a product (written), which is added: read, and its sum read and
-    written. At the end both gradients are read in fp32, and written in the features' dtype.
+    Rows' products are complete with their chunk; the columns' are written by each, and read by each
+    but the first.
     """
     k, features = chunk_count(case), case.element_bytes * case.dims
-    moved = 2 * case.element_bytes * case.rows * case.pairs
+    moved = 3 * case.element_bytes * case.rows * case.pairs
     moved += features * (k * case.pairs + case.rows)
-    moved += 4 * case.dims * (case.rows + k * 4 * case.pairs)
-    moved += (4 * case.dims + features) * (case.rows + case.pairs)
-    return Work(2.0, moved, 2 * k)
+    return moved + 4 * case.dims * (case.rows + (2 * k - 1) * case.pairs)
 
 
-def _normalized(case: Case, work: Work) -> Work:
-    """With lengths in a pass over the features, and gradients taken through them in another."""
-    if not case.normalize or work.bytes_moved is None:
-        return work
-    features = case.element_bytes * case.dims * (case.rows + case.pairs)
-    return work._replace(bytes_moved=work.bytes_moved + 2 * features)
+def _pairs(case: Case) -> int:
+    """Bytes of what is done with each of b pairs alone, before and after the passes.
+
+    Norms and own products read the features; gradients are read in fp32 with the other tower's
+    features, and written in the features' dtype. Normalised copies are written, and the features
+    read once more for the derivative.
+    """
+    features = case.element_bytes * case.dims * 2 * case.rows
+    return features * (5 if case.normalize else 3) + 4 * case.dims * 2 * case.rows
 
 
 def _features(case: Case) -> int:
@@ -242,15 +251,12 @@ def _column_partials(case: Case, numbers: int) -> int:
     return 4 * numbers * case.pairs * _ceil(case.rows, TILE)
 
 
-def _peak(case: Case, held: int, chunk: int) -> int:
-    """fp32 gradients, what is held throughout, and the larger of a chunk's or the end's share.
-
-    A chunk has its part of G and a product in fp32 that is added to the columns' gradient; at the
-    end, the gradients are there in the features' dtype too.
-    """
+def _peak(case: Case) -> int:
+    """fp32 gradients, normalised copies, and the larger of a chunk of G and the final gradients."""
     towers = case.rows + case.pairs
-    share = max(chunk + 4 * case.dims * case.pairs, case.element_bytes * case.dims * towers)
-    return 4 * case.dims * towers + held + share
+    features = case.element_bytes * case.dims * towers
+    chunk = case.element_bytes * chunk_rows(case) * case.pairs
+    return 4 * case.dims * towers + case.normalize * features + max(chunk, features)
 
 
 def _ceil(a: int, b: int) -> int:

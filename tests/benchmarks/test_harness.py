@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import accuracy, harness, peers, plan, record
+from benchmarks import accuracy, harness, losses, peers, plan, record
 from benchmarks.bench_contrastive import BENCHMARK as CONTRASTIVE
-from benchmarks.bench_contrastive import main
 from benchmarks.bench_sigmoid import BENCHMARK as SIGMOID
 from benchmarks.cases import Case
-from benchmarks.harness import Benchmark, Provider, Result, Step, autograd_step, make_operands
+from benchmarks.harness import Benchmark, Provider
+from benchmarks.losses import Definition, Result, Step, autograd_step, make_operands
 from loss_oracles import clip_expected, siglip_expected
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def _main(benchmark: Benchmark, out: Path, *more: str) -> list[dict[str, str]]:
 
 def test_a_row_says_what_was_measured_on_what(tmp_path: Path) -> None:
     (row,) = _main(_benchmark(_own("plain", distribution="torch")), tmp_path)
-    assert tuple(row) == harness.COLUMNS
+    assert tuple(row) == CONTRASTIVE.columns
     assert (row["commit"], row["dirty"], row["provider"]) == ("abc", "False", "plain")
     assert (row["pairs"], row["dims"], row["dtype"], row["scale"]) == ("12", "8", "fp32", "14.3")
     assert row["version"] == record.version_of("torch") == torch.__version__
@@ -91,12 +91,10 @@ def test_what_goes_wrong_is_the_row(tmp_path: Path) -> None:
     assert [row["median_ms"] == "" for row in rows] == [True, True, False]
 
 
-def test_features_that_do_not_fit_are_rows_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "make_operands", lambda *_: _out_of_memory(CASE))
-    (row,) = _main(_benchmark(_own("plain")), tmp_path)
-    assert row["error"] == "OOM: the features alone"
+def test_operands_that_do_not_fit_are_rows_too(tmp_path: Path) -> None:
+    benchmark = replace(_benchmark(_own("plain")), operands=lambda *_: _out_of_memory(CASE))
+    (row,) = _main(benchmark, tmp_path)
+    assert row["error"] == "OOM: the operands alone"
 
 
 def test_nan_is_an_error_and_not_a_small_one(tmp_path: Path) -> None:
@@ -133,7 +131,7 @@ def test_reference_and_open_clip_on_a_cpu(tmp_path: Path) -> None:
     for benchmark in (CONTRASTIVE, SIGMOID):
         arguments = ["--cases", "tiny", "--device", "cpu", "--seconds", "0.001"]
         arguments += ["--providers", "reference", "open_clip", "--out", str(tmp_path)]
-        assert main(benchmark, [*arguments, "--commit", "abc"]) == 0
+        assert harness.main(benchmark, [*arguments, "--commit", "abc"]) == 0
         rows = record.read_rows(tmp_path / f"{benchmark.name}.csv")
         assert {row["provider"] for row in rows} == {"reference", "open_clip"}
         assert {row["error"] for row in rows} == {""}
@@ -150,24 +148,24 @@ def test_plan_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("benchmark", [CONTRASTIVE, SIGMOID], ids=lambda each: each.name)
+@pytest.mark.parametrize("definition", [losses.CONTRASTIVE, losses.SIGMOID])
 def test_expectations_are_those_of_autograd_in_fp64(
-    benchmark: Benchmark, normalize: bool, monkeypatch: pytest.MonkeyPatch
+    definition: Definition, normalize: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accuracy, "CHUNK_ELEMENTS", 4 * 21)
     monkeypatch.setattr(accuracy, "FULL_SAMPLE", 10)
     monkeypatch.setattr(accuracy, "SAMPLE", 7)
     case = Case(21, 8, "fp32", scale=20.0, normalize=normalize)
-    operands = make_operands(case, benchmark.bias, CPU)
+    operands = make_operands(case, definition.bias, CPU)
     image, text = operands.image, operands.text
     leaves = [x.detach().double().requires_grad_() for x in (image, text)]
     x, y = (F.normalize(leaf) if normalize else leaf * 1 for leaf in leaves)
-    if benchmark.bias is None:
+    if definition.bias is None:
         oracle = clip_expected(x, y, 20.0)
     else:
-        oracle = siglip_expected(x, y, 20.0, benchmark.bias)
+        oracle = siglip_expected(x, y, 20.0, definition.bias)
     wanted = torch.autograd.grad((x, y), leaves, (oracle.d_image, oracle.d_text))
-    expected = benchmark.expected(image, text, 20.0, benchmark.bias, normalize)
+    expected = losses.expectation(definition, case, operands)
     assert expected.loss == pytest.approx(float(oracle.loss), rel=1e-12)
     assert expected.sample.tolist() == [0, 3, 6, 9, 12, 15, 18]
     errors = accuracy.errors(expected, oracle.loss, *wanted)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, plan
 from benchmarks.cases import Case
-from benchmarks.harness import Loss, make_operands
+from benchmarks.losses import Loss, make_operands
 from fastclip.kernels import reference
 
 CASE = Case(64, 16, "fp32")
 
 
+def _in_place_flop(
+    this: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_: object
+) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def _counter() -> FlopCounterMode:
     # torch counts a product that is added in place only when told how.
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place_flop})
 
 
 def _units(loss: Loss, bias: float | None = None) -> float:
@@ -56,39 +62,50 @@ def test_traffic_and_launches_chunk_by_chunk(
 ) -> None:
     case = Case(4096, 512, "bf16", normalize=normalize, world=world)
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 4096 * 384)
+    budget = 2 * case.pairs * case.rows // 2  # of all exponentials, a half
     rows, columns, dims = case.rows, case.pairs, case.dims
-    recompute = stored = launches = 0
-    tower = 2 * dims  # bytes of a feature vector
-    wide = 4 * dims
+    recompute = stored = half = launches = 0
+    tower, wide = 2 * dims, 4 * dims  # bytes of a feature vector and of its gradient
     for first in range(0, rows, 384):
         c = min(384, rows - first)
         tiles = -(-c // 128) * (columns // 128)
         features = tower * (c + columns)
         # A maximum and a sum for each row and each column of a tile; a last tile may be narrower.
         partial = 8 * (c * columns // 128) + 8 * columns * tiles // (columns // 128)
-        statistics = features + 2 * partial
-        tile_pass = features + 2 * c * columns + 2 * 4 * c * columns // 128
-        d_rows = 2 * c * columns + tower * columns + wide * c
-        d_columns = 2 * c * columns + tower * c + wide * columns  # product
-        d_columns += 3 * wide * columns  # added: two read, one written
-        recompute += statistics + tile_pass + d_rows + d_columns
-        stored += statistics + 2 * c * columns + d_rows + d_columns
+        d_rows = tower * columns + wide * c
+        d_columns = tower * c + wide * columns * (1 if first == 0 else 2)
+        g = 2 * c * columns
+        common = features + 2 * partial + 3 * g + d_rows + d_columns
+        recompute += common + features
+        stored += common + 2 * g
+        half += common + (2 * g if (first + c) * columns * 2 <= budget else features)
         launches += 4
-    finish = (wide + tower) * (rows + columns)
-    if normalize:
-        finish += 2 * tower * (rows + columns)
-    assert plan.recompute(case).bytes_moved == recompute + finish
-    assert plan.stored(case).bytes_moved == stored + finish
-    assert plan.recompute(case).launches == launches
-    assert plan.stored(case).launches == launches * 3 // 4
+    pairs = 2 * rows * (3 * tower + wide + (2 * tower if normalize else 0))
+    assert plan.recompute(case).bytes_moved == recompute + pairs
+    assert plan.stored(case).bytes_moved == stored + pairs
+    assert plan.two_pass(budget)(case).bytes_moved == half + pairs
+    assert plan.recompute(case).launches == plan.stored(case).launches == launches
+
+
+def test_budget_keeps_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 1000 * 256)
+    case = Case(1000, 64)
+    row = 2 * 1000
+    kept = [plan.kept_rows(case, rows * row) for rows in (0, 255, 256, 600, 999, 1000, 5000)]
+    assert kept == [0, 0, 256, 512, 768, 1000, 1000]
+    assert plan.two_pass(512 * row)(case).units == pytest.approx(3.488)
+    assert plan.kept_rows(Case(1000, 64, "fp32"), 1000 * row) == 256
 
 
 def test_memory_and_floor_of_the_headline() -> None:
     case = Case(65_536, 768)
     gradients = 2 * 65_536 * 768 * 4
-    product = 65_536 * 768 * 4
-    assert plan.recompute(case).extra_bytes == gradients + product + (1 << 28) * 2
-    assert plan.stored(case).extra_bytes == gradients + product + 2 * 65_536**2
+    chunk = 4_096 * 65_536 * 2
+    assert plan.recompute(case).extra_bytes == gradients + chunk
+    assert plan.stored(case).extra_bytes == gradients + chunk + 2 * 65_536**2
+    copies = 2 * 65_536 * 768 * 2
+    normalized = plan.recompute(Case(65_536, 768, normalize=True))
+    assert normalized.extra_bytes == gradients + chunk + copies
     # 4u at 800 TFLOP/s; the traffic takes less.
     assert plan.recompute(case).floor_ms(800, 3.0, case.unit) == pytest.approx(32.98, abs=0.01)
     assert plan.inf_cl(case).floor_ms(800, 3.0, case.unit) == pytest.approx(164.9, abs=0.1)

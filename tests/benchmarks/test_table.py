@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
+from benchmarks.bench_contrastive import BENCHMARK
 from benchmarks.cases import CONTRASTIVE_SETS, Case
-from benchmarks.harness import COLUMNS, KEY
 from benchmarks.record import ROOT, Record
 
 HEADLINE = CONTRASTIVE_SETS["headline"][0]
@@ -22,7 +22,7 @@ def _write(folder: Path, case: Case = HEADLINE, **cells: object) -> None:
         "version": "0.1.0", **asdict(case), "median_ms": 41.234, "peak_bytes": 1_234_000_000,
         "tflops": 640.0, "matmul_share": 0.8, "gradient_error": 1.2e-3,
     }  # fmt: skip
-    Record(folder / "contrastive.csv", COLUMNS, KEY).write({**row, **cells})
+    Record(folder / "contrastive.csv", BENCHMARK.columns, BENCHMARK.key).write({**row, **cells})
 
 
 def test_no_rows_and_rows_of_a_cpu_are_no_figures(tmp_path: Path) -> None:
