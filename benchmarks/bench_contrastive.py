@@ -91,9 +91,9 @@ def _known(**arguments: Any) -> dict[str, Any]:
     return {k: v for k, v in arguments.items() if k in inspect.signature(clip_loss).parameters}
 
 
-def _stored_in_part(case: Case) -> bool:
-    """Whether a budget of some GiB is less than all exponentials, and more than none."""
-    return whole(case) and 2 * case.rows * case.pairs > 2 * GIB
+def _in_part(budget: int) -> Callable[[Case], bool]:
+    """Whether a budget is less than all exponentials take."""
+    return lambda case: whole(case) and plan.kept_rows(case, budget) < case.rows
 
 
 # Module, distribution, pip's arguments.
@@ -103,8 +103,8 @@ CCE = ("cut_cross_entropy", "cut-cross-entropy", "cut-cross-entropy==25.1.1")
 PROVIDERS = (
     Provider("fastclip", fastclip("triton"), graph=True),
     Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True, accepts=whole),
-    Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_stored_in_part),
-    Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_stored_in_part),
+    Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_in_part(2 * GIB)),
+    Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_in_part(8 * GIB)),
     Provider("reference", fastclip("reference"), needs_cuda=False),
     Provider(
         "torch-compile", _from_loss(lambda case: peers.compiled(peers.plain_contrastive)),

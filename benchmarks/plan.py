@@ -85,8 +85,8 @@ def kept_rows(case: Case, budget: int) -> int:
 def two_pass(budget: int) -> Callable[[Case], Work]:
     """The softmax loss's passes: 1u statistics, G, and 2u products with it.
 
-    Exponentials of whole chunks that fit into the budget are kept from the first pass, and G is made
-    of them; of the other rows, S is computed again: 4u without any, 3u with all.
+    Exponentials of whole chunks that fit into the budget are kept from the first pass, and G is
+    made of them; of the other rows, S is computed again: 4u without any, 3u with all.
 
     Args:
         budget: bytes for kept exponentials.
@@ -189,7 +189,7 @@ def table(
     """Every case with every variant, one line each, as text."""
     lines = [
         f"at {tflops:g} TFLOP/s and {terabytes:g} TB/s; nothing is measured",
-        f"{'case':<44} {'variant':<18} {'u':>5} {'GB moved':>9} {'launches':>8} "
+        f"{'case':<50} {'variant':<18} {'u':>5} {'GB moved':>9} {'launches':>8} "
         f"{'extra MB':>9} {'floor ms':>9}",
     ]
     for case in cases:
@@ -197,7 +197,7 @@ def table(
             work = variant.work(case)
             floor = work.floor_ms(tflops, terabytes, case.unit)
             lines.append(
-                f"{case!s:<44} {variant.name:<18} {work.units:>5.3g} "
+                f"{case!s:<50} {variant.name:<18} {work.units:>5.3g} "
                 f"{_cell(work.bytes_moved, 1e9, 2):>9} {_cell(work.launches, 1, 0):>8} "
                 f"{_cell(work.extra_bytes, 1e6, 0):>9} {floor:>9.3g}"
             )
