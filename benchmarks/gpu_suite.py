@@ -63,7 +63,11 @@ _SANITIZE = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
 
 PARTS = (
     Part("triton_tests", ((*_CHECK,),), 120, stamped=True),
-    Part("gpu_tests", ((*_PYTEST, "-m", "gpu", "tests/kernels", "tests/losses"),), 60),
+    Part(
+        "gpu_tests",
+        ((*_PYTEST, "-m", "gpu", "tests/kernels", "tests/losses", "tests/benchmarks"),),
+        60,
+    ),
     Part("contrastive", (("python", "-m", "benchmarks.bench_contrastive"),), 270, stamped=True),
     Part("sigmoid", (("python", "-m", "benchmarks.bench_sigmoid"),), 80, stamped=True),
     Part("similarity", (("python", "-m", "benchmarks.bench_similarity"),), 70, stamped=True),
