@@ -57,6 +57,10 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def _bench(name: str) -> tuple[str, ...]:
+    return ("python", "-m", f"benchmarks.bench_{name}")
+
+
 _PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
 _CHECK = ("python", "-m", "benchmarks.check_kernels")
 _SANITIZE = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
@@ -68,14 +72,14 @@ PARTS = (
         ((*_PYTEST, "-m", "gpu", "tests/kernels", "tests/losses", "tests/benchmarks"),),
         60,
     ),
-    Part("contrastive", (("python", "-m", "benchmarks.bench_contrastive"),), 270, stamped=True),
-    Part("sigmoid", (("python", "-m", "benchmarks.bench_sigmoid"),), 80, stamped=True),
-    Part("similarity", (("python", "-m", "benchmarks.bench_similarity"),), 70, stamped=True),
+    Part("contrastive", ((*_bench("contrastive"), "--seconds", "0.5"),), 270, stamped=True),
+    Part("sigmoid", ((*_bench("sigmoid"), "--seconds", "0.5"),), 80, stamped=True),
+    Part("similarity", ((*_bench("similarity"), "--seconds", "0.5"),), 70, stamped=True),
     Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
     *(
         Part(
             f"contrastive_{cases}",
-            (("python", "-m", "benchmarks.bench_contrastive", "--cases", cases),),
+            ((*_bench("contrastive"), "--cases", cases),),
             LONGEST,
             by_default=False,
             stamped=True,

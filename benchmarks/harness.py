@@ -185,6 +185,7 @@ def run(
             if not _alive(device):
                 print("the device is lost to that error; run the same command again to go on")
                 return RESUME
+        del operands, errors  # before the next case's are made beside them
     return 0
 
 
