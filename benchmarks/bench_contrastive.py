@@ -7,14 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks import losses, peers, plan
+from benchmarks import losses, peers, plan, stripes
 from benchmarks.cases import CONTRASTIVE_SETS, Case
 from benchmarks.harness import Provider, main
-from benchmarks.losses import Loss, Operands, Result, Step, autograd_step, whole
-from fastclip.kernels import reference
+from benchmarks.losses import Loss, Step, autograd_step, whole
 from fastclip.losses import clip_loss
 from fastclip.ops.dispatch import Impl
 
@@ -32,7 +30,7 @@ def fastclip(impl: Impl, budget: int = 0) -> Callable[[Case], Step]:
 
     def build(case: Case) -> Step:
         if case.world > 1:
-            return stripe(case, impl)
+            return stripes.contrastive(case, impl)
 
         def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
             return clip_loss(
@@ -46,30 +44,6 @@ def fastclip(impl: Impl, budget: int = 0) -> Callable[[Case], Step]:
         return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
 
     return build
-
-
-def stripe(case: Case, impl: Impl) -> Step:
-    """Both passes of rank 0 over its rows and all columns; its sums stand in for all ranks'."""
-    if impl == "triton":
-        from fastclip.kernels import contrastive as passes
-    else:
-        passes = reference
-
-    @torch.no_grad()
-    def step(operands: Operands) -> Result:
-        image, text, scale, _ = operands
-        rows = image[: case.rows]
-        statistics = passes.contrastive_statistics(rows, text, scale)
-        others_of_row, others_of_column, own, gap = statistics
-        mine = others_of_column[: case.rows]
-        loss = reference.contrastive_loss(others_of_row, mine, own, gap, case.pairs)
-        own_of_column = own.repeat(case.world)
-        gradients = passes.contrastive_gradients(
-            rows, text, scale, others_of_row, others_of_column, own_of_column
-        )
-        return Result(loss, gradients.d_rows, gradients.d_columns)
-
-    return step
 
 
 def _from_loss(build: Callable[[Case], Loss]) -> Callable[[Case], Step]:

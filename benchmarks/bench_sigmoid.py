@@ -7,15 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks import losses, peers, plan
+from benchmarks import losses, peers, plan, stripes
 from benchmarks.bench_contrastive import OPEN_CLIP
 from benchmarks.cases import SIGMOID_SETS, Case
 from benchmarks.harness import Provider, main
-from benchmarks.losses import Operands, Result, Step, autograd_step, whole
-from fastclip.kernels import reference
+from benchmarks.losses import Step, autograd_step, whole
 from fastclip.losses import siglip_loss
 from fastclip.ops.dispatch import Impl
 
@@ -25,7 +23,7 @@ def fastclip(impl: Impl) -> Callable[[Case], Step]:
 
     def build(case: Case) -> Step:
         if case.world > 1:
-            return stripe(case, impl)
+            return stripes.sigmoid(case, impl)
 
         def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
             return siglip_loss(
@@ -35,25 +33,6 @@ def fastclip(impl: Impl) -> Callable[[Case], Step]:
         return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
 
     return build
-
-
-def stripe(case: Case, impl: Impl) -> Step:
-    """Loss and gradients of rank 0's rows against all columns."""
-    if impl == "triton":
-        from fastclip.kernels import sigmoid as passes
-    else:
-        passes = reference
-
-    @torch.no_grad()
-    def step(operands: Operands) -> Result:
-        image, text, scale, bias = operands
-        assert bias is not None
-        rows = image[: case.rows]
-        loss = passes.sigmoid_loss(rows, text, scale, bias)
-        gradients = passes.sigmoid_gradients(rows, text, scale, bias)
-        return Result(loss, gradients.d_rows, gradients.d_columns)
-
-    return step
 
 
 def _open_clip(case: Case) -> Step:
