@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -30,18 +28,14 @@ def fastclip(impl: Impl, budget: int = 0) -> Callable[[Case], Step]:
 
     def build(case: Case) -> Step:
         if case.world > 1:
-            return stripes.contrastive(case, impl)
+            return stripes.contrastive(case, impl, budget)
 
         def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
             return clip_loss(
-                image,
-                text,
-                scale,
-                impl=impl,
-                **_known(normalize=case.normalize, memory_budget=budget),
+                image, text, scale, normalize=case.normalize, memory_budget=budget, impl=impl
             )
 
-        return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
+        return autograd_step(loss, case, normalizes=True)
 
     return build
 
@@ -60,14 +54,9 @@ def _open_clip(case: Case) -> Step:
     return autograd_step(peers.open_clip_contrastive(case), case)
 
 
-def _known(**arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that `clip_loss` has."""
-    return {k: v for k, v in arguments.items() if k in inspect.signature(clip_loss).parameters}
-
-
 def _in_part(budget: int) -> Callable[[Case], bool]:
     """Whether a budget is less than all exponentials take."""
-    return lambda case: whole(case) and plan.kept_rows(case, budget) < case.rows
+    return lambda case: plan.kept_rows(case, budget) < case.rows
 
 
 # Module, distribution, pip's arguments.
@@ -76,7 +65,7 @@ CCE = ("cut_cross_entropy", "cut-cross-entropy", "cut-cross-entropy==25.1.1")
 
 PROVIDERS = (
     Provider("fastclip", fastclip("triton"), graph=True),
-    Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True, accepts=whole),
+    Provider("fastclip-stored", fastclip("triton", EVERYTHING), graph=True),
     Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_in_part(2 * GIB)),
     Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_in_part(8 * GIB)),
     Provider("reference", fastclip("reference"), needs_cuda=False),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -26,11 +24,9 @@ def fastclip(impl: Impl) -> Callable[[Case], Step]:
             return stripes.sigmoid(case, impl)
 
         def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-            return siglip_loss(
-                image, text, scale, bias, impl=impl, **_known(normalize=case.normalize)
-            )
+            return siglip_loss(image, text, scale, bias, normalize=case.normalize, impl=impl)
 
-        return autograd_step(loss, case, normalizes="normalize" in _known(normalize=True))
+        return autograd_step(loss, case, normalizes=True)
 
     return build
 
@@ -47,11 +43,6 @@ def _siglip_kernel(case: Case) -> Step:
     if case.world > 1:
         return peers.siglip_kernel_stripe(case)
     return autograd_step(peers.siglip_kernel(case), case)
-
-
-def _known(**arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that `siglip_loss` has."""
-    return {k: v for k, v in arguments.items() if k in inspect.signature(siglip_loss).parameters}
 
 
 PROVIDERS = (

@@ -16,41 +16,67 @@ from fastclip.kernels import reference
 from fastclip.ops.dispatch import Impl
 
 
-def contrastive(case: Case, impl: Impl) -> Step:
-    """Both passes of the softmax loss; this rank's column sums stand in for all ranks'."""
-    passes: ModuleType = reference
-    if impl == "triton":
-        from fastclip.kernels import contrastive as passes
+def contrastive(case: Case, impl: Impl, budget: int) -> Step:
+    """Both passes of the softmax loss; this rank's column sums stand in for all ranks'.
+
+    Args:
+        budget: bytes for exponentials kept from the first pass.
+    """
+    passes, pairs = _modules("contrastive", impl)
 
     @torch.no_grad()
     def step(operands: Operands) -> Result:
         image, text, scale, _ = operands
-        rows = image[: case.rows]
-        statistics = passes.contrastive_statistics(rows, text, scale)
-        others_of_row, others_of_column, own, gap = statistics
-        mine = others_of_column[: case.rows]
-        loss = reference.contrastive_loss(others_of_row, mine, own, gap, case.pairs)
-        own_of_column = own.repeat(case.world)
-        gradients = passes.contrastive_gradients(
-            rows, text, scale, others_of_row, others_of_column, own_of_column
+        mine = image[: case.rows], text[: case.rows]
+        rows, own_columns, product, row_norm, _ = pairs.prepare_pairs(*mine, image.dtype)
+        # Columns come with their norms, and these features have unit length.
+        operands_of_both = rows, text, scale, product, row_norm, row_norm.new_ones(case.pairs)
+        statistics = passes.contrastive_statistics(*operands_of_both, memory_budget=budget)
+        others_of_row, others_of_column, gap, exponentials = statistics
+        loss, row_terms, column_terms, own_entry = passes.contrastive_summary(
+            others_of_row, others_of_column, product.repeat(case.world), scale, gap, None
         )
-        return Result(loss, gradients.d_rows, gradients.d_columns)
+        one = torch.ones_like(loss)
+        row_products, column_products, _ = passes.contrastive_products(
+            *operands_of_both, row_terms, column_terms, own_entry, exponentials, one
+        )
+        d_rows, d_columns = pairs.finish_pairs(
+            row_products, column_products[: case.rows], rows, own_columns, own_entry, *mine,
+            scale, one, 0.5 / case.pairs,
+        )  # fmt: skip
+        return Result(loss, d_rows, d_columns)
 
     return step
 
 
 def sigmoid(case: Case, impl: Impl) -> Step:
     """Both passes of the sigmoid loss."""
-    passes: ModuleType = reference
-    if impl == "triton":
-        from fastclip.kernels import sigmoid as passes
+    passes, pairs = _modules("sigmoid", impl)
 
     @torch.no_grad()
     def step(operands: Operands) -> Result:
         image, text, scale, bias = operands
-        rows = image[: case.rows]
+        assert bias is not None
+        mine = image[: case.rows], text[: case.rows]
+        rows, own_columns, product, _, _ = pairs.prepare_pairs(*mine, image.dtype)
         loss = passes.sigmoid_loss(rows, text, scale, bias)
-        gradients = passes.sigmoid_gradients(rows, text, scale, bias)
-        return Result(loss, gradients.d_rows, gradients.d_columns)
+        one = torch.ones_like(loss)
+        row_products, column_products, _, _, own_entry = passes.sigmoid_products(
+            rows, text, scale, bias, product, one
+        )
+        d_rows, d_columns = pairs.finish_pairs(
+            row_products, column_products[: case.rows], rows, own_columns, own_entry, *mine,
+            scale, one, 1 / case.pairs,
+        )  # fmt: skip
+        return Result(loss, d_rows, d_columns)
 
     return step
+
+
+def _modules(loss: str, impl: Impl) -> tuple[ModuleType, ModuleType]:
+    """Where a loss's passes are, and what concerns each pair alone."""
+    if impl == "reference":
+        return reference, reference
+    from fastclip.kernels import contrastive, pairs, sigmoid
+
+    return (contrastive if loss == "contrastive" else sigmoid), pairs
