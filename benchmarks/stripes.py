@@ -48,6 +48,7 @@ def sigmoid(case: Case, impl: Impl) -> Step:
     @torch.no_grad()
     def step(operands: Operands) -> Result:
         image, text, scale, bias = operands
+        assert bias is not None
         rows = image[: case.rows]
         loss = passes.sigmoid_loss(rows, text, scale, bias)
         gradients = passes.sigmoid_gradients(rows, text, scale, bias)
