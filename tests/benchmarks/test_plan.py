@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import peers, plan
+from benchmarks import peers, plan, stripes
 from benchmarks.cases import Case
 from benchmarks.losses import Loss, make_operands
-from fastclip.kernels import reference
 
 CASE = Case(64, 16, "fp32")
 
@@ -32,19 +31,17 @@ def _units(loss: Loss, bias: float | None = None) -> float:
     return counter.get_total_flops() / CASE.unit
 
 
-def test_units_are_what_the_passes_multiply() -> None:
-    operands = make_operands(CASE, -10.0, torch.device("cpu"))
-    image, text, scale, bias = (x.detach() for x in operands if x is not None)
-    with _counter() as forward:
-        first = reference.contrastive_statistics(image, text, scale)
-    with _counter() as backward:
-        reference.contrastive_gradients(image, text, scale, *first[:3])
-    with _counter() as sigmoid:
-        reference.sigmoid_loss(image, text, scale, bias)
-        reference.sigmoid_gradients(image, text, scale, bias)
-    counted = [each.get_total_flops() / CASE.unit for each in (forward, backward, sigmoid)]
-    assert counted == [1, 3, 4]
-    assert plan.recompute(CASE).units == plan.sigmoid(CASE).units == 4
+@pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
+def test_units_are_what_the_passes_multiply(loss: str) -> None:
+    if loss == "contrastive":
+        step, planned = stripes.contrastive(CASE, "reference", 0), plan.recompute(CASE)
+        operands = make_operands(CASE, None, torch.device("cpu"))
+    else:
+        step, planned = stripes.sigmoid(CASE, "reference"), plan.sigmoid(CASE)
+        operands = make_operands(CASE, -10.0, torch.device("cpu"))
+    with _counter() as counter:
+        step(operands)
+    assert counter.get_total_flops() / CASE.unit == planned.units == 4
     assert plan.stored(CASE).units == 3  # a product of four is not computed again
     assert plan.recompute(Case(64, 16, part="forward")).units == 1
 
