@@ -124,3 +124,7 @@ def test_constants_are_the_kernels() -> None:
 
     assert plan.CHUNK_ELEMENTS == contrastive.CHUNK_ELEMENTS
     assert tiling.tiling(torch.bfloat16, 90).block_n == plan.TILE
+    case = Case(20_000, 64)
+    for budget in (0, 1 << 28, 1 << 29, 1 << 40):
+        kept = contrastive.kept_rows(case.rows, case.pairs, torch.bfloat16, budget)
+        assert plan.kept_rows(case, budget) == kept
