@@ -1,0 +1,123 @@
+"""The README's table, made of measured rows: ``python -m benchmarks.table [--check]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
+from benchmarks.record import RESULTS, ROOT, read_rows
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NOT_RUN = "Not yet run on a GPU."
+SECTIONS = (
+    ("contrastive", "Softmax loss, TFLOP/s counted in 4u", CONTRASTIVE_SETS["headline"]),
+    ("sigmoid", "Sigmoid loss, TFLOP/s counted in 3u", SIGMOID_SETS["headline"]),
+)
+HEADER = (
+    "| case | | ms | extra memory | TFLOP/s | of matmul | gradient error |\n"
+    "|---|---|---:|---:|---:|---:|---:|"
+)
+
+Row = Mapping[str, str]
+
+
+def section(title: str, rows: Sequence[Row], cases: Sequence[Case]) -> str:
+    """A loss's table: its newest row per case, provider and GPU; "" without any."""
+    lines = []
+    stamps: dict[str, None] = {}
+    for case in cases:
+        wanted = {name: str(value) for name, value in asdict(case).items()}
+        newest = {
+            (row["device"], row["provider"]): row
+            for row in sorted(rows, key=lambda row: row["date"])
+            if not row["device"].startswith("cpu") and _of_case(row, wanted)
+        }
+        for row in newest.values():
+            lines.append(f"| {case} | {row['provider']} {row['version']} | {_cells(row)} |")
+            stamps[_stamp(row)] = None
+    if not lines:
+        return ""
+    return "\n".join([f"{title}. {'; '.join(stamps)}.", "", HEADER, *lines])
+
+
+def table(results: Path = RESULTS) -> str:
+    """All sections from the rows in a folder, or that there are none."""
+    parts = [section(title, read_rows(results / f"{n}.csv"), c) for n, title, c in SECTIONS]
+    return "\n\n".join(part for part in parts if part) or NOT_RUN
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README's text with `text` between the markers.
+
+    Raises:
+        ValueError: a marker is missing, or there is another of it.
+    """
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(BEGIN) > readme.index(END)
+    ):
+        raise ValueError(f"the README needs one line {BEGIN} and after it one line {END}")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; with --check the exit status is 1 where the README is not up to date."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table")
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether it is new")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    readme = options.readme.read_text(encoding="utf-8")
+    try:
+        wanted = with_table(readme, table(options.results))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.check:
+        current = wanted == readme
+        hint = "up to date" if current else "out of date: run python -m benchmarks.table"
+        print(f"{options.readme.name}: {hint}")
+        return int(not current)
+    options.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def _of_case(row: Row, case: Mapping[str, str]) -> bool:
+    return all(_number(row[name]) == _number(value) for name, value in case.items())
+
+
+def _number(text: str) -> float | str:
+    """A cell's value: 5 and 5.0 are the same noise."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _cells(row: Row) -> str:
+    if row["error"]:
+        return f"{row['error'].split(':')[0]} | | | | "
+    peak = f"{float(row['peak_bytes']) / 1e6:,.0f} MB" if row["peak_bytes"] else "–"
+    share = f"{float(row['matmul_share']):.0%}" if row["matmul_share"] else "–"
+    error = f"{float(row['gradient_error']):.1e}" if row["gradient_error"] else "–"
+    median, tflops = float(row["median_ms"]), float(row["tflops"])
+    return f"{median:.3g} | {peak} | {tflops:.0f} | {share} | {error}"
+
+
+def _stamp(row: Row) -> str:
+    """On what a row was measured; a + marks files that differ from the commit."""
+    commit = row["commit"][:10] + ("+" if row["dirty"] == "True" else "")
+    return (
+        f"{row['device']}, torch {row['torch']}, triton {row['triton']}, commit {commit}, "
+        f"{row['date'][:10]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
