@@ -64,7 +64,8 @@ class Variant:
     """From a benchmark's case."""
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """How S is cut."""
 
     height: int
@@ -226,10 +227,11 @@ def table(
 
 def _shapes(case: Case) -> Iterator[tuple[int, int]]:
     """Rows and columns of each block, in order."""
-    height, width, above, beside = blocks(case)
-    for row in range(above):
-        for column in range(beside):
-            yield min(height, case.rows - row * height), min(width, case.pairs - column * width)
+    cut = blocks(case)
+    for row in range(cut.above):
+        height = min(cut.height, case.rows - row * cut.height)
+        for column in range(cut.beside):
+            yield height, min(cut.width, case.pairs - column * cut.width)
 
 
 def _statistics(case: Case) -> Work:
@@ -238,10 +240,10 @@ def _statistics(case: Case) -> Work:
     Before it one launch for norms and own products, after it one for the loss; in each block the
     tiles, those that have to be done once more, and the sums over tiles.
     """
-    height, width, *_ = blocks(case)
+    cut = blocks(case)
     partial = _row_partials(case, 2) + _column_partials(case, 2)
-    peak = 2 * 4 * (height * _ceil(width, TILE) + width * _ceil(height, TILE))
-    return Work(1.0, _features(case) + 2 * partial, 2 + 3 * blocks(case).count, peak)
+    peak = 2 * 4 * (cut.height * _ceil(cut.width, TILE) + cut.width * _ceil(cut.height, TILE))
+    return Work(1.0, _features(case) + 2 * partial, 2 + 3 * cut.count, peak)
 
 
 def _products(case: Case) -> int:
@@ -249,9 +251,9 @@ def _products(case: Case) -> int:
 
     Each block adds its rows' products and its columns' to what those beside and above it left.
     """
-    _, _, above, beside = blocks(case)
+    cut = blocks(case)
     moved = 3 * case.element_bytes * case.rows * case.pairs + _features(case)
-    results = (2 * beside - 1) * case.rows + (2 * above - 1) * case.pairs
+    results = (2 * cut.beside - 1) * case.rows + (2 * cut.above - 1) * case.pairs
     return moved + 4 * case.dims * results
 
 
@@ -268,8 +270,8 @@ def _pairs(case: Case) -> int:
 
 def _features(case: Case) -> int:
     """Rows once for each block beside another, columns once for each below another."""
-    _, _, above, beside = blocks(case)
-    return case.element_bytes * case.dims * (beside * case.rows + above * case.pairs)
+    cut = blocks(case)
+    return case.element_bytes * case.dims * (cut.beside * case.rows + cut.above * case.pairs)
 
 
 def _row_partials(case: Case, numbers: int) -> int:

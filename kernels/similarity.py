@@ -21,14 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.contrastive import matmul_fp32, operands
 from fastclip.kernels.reference_similarity import (
     EPSILON,
     Neighbours,
     SimilarityGradients,
     gradients_by,
 )
-from fastclip.kernels.tiling import Tiling, capability_of, similarity_tile, tiling
+from fastclip.kernels.tiling import (
+    Tiling,
+    capability_of,
+    matmul_fp32,
+    operands,
+    similarity_tile,
+    tiling,
+)
 
 CHUNK_ELEMENTS = 1 << 28
 """Similarities held at a time where k is large, and weights in the gradient (1 GiB in fp32)."""

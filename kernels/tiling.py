@@ -196,6 +196,13 @@ class ProductsWithG:
         return self.of_rows, self.of_columns
 
 
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with an fp32 result, whatever the operands' dtype."""
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    _matmul(a, b, out, add=False)
+    return out
+
+
 def _matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     """out = a @ b, or out += a @ b: fp32, whatever the operands' dtype."""
     if a.is_cuda and a.dtype != torch.float32:

@@ -10,28 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-_TORCHVISION_OPS: torch.library.Library | None = None
+from torchvision_beside_cpu import declare_operators
 
-
-def _declare_torchvision_operators() -> None:
-    """Let torchvision's CUDA wheel import beside a CPU build of torch.
-
-    Its Python side registers meta kernels for operators that its (unloadable) C++ library would
-    define. Declaring the two schemas is enough for open_clip, timm and transformers to import.
-    """
-    global _TORCHVISION_OPS
-    if torch.cuda._is_compiled():
-        return
-    _TORCHVISION_OPS = torch.library.Library("torchvision", "FRAGMENT")  # must outlive the session
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
-            _TORCHVISION_OPS.define(schema)
-
-
-_declare_torchvision_operators()
+declare_operators()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

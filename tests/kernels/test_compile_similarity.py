@@ -43,7 +43,7 @@ pytestmark = pytest.mark.parametrize("capability", [80, 90, 100])
 
 def _fits(needs: Needs, capability: int, name: str) -> None:
     print(f"sm_{capability} {name}: {needs}")
-    assert needs.stack == 0
+    assert needs.spilled == 0
     assert needs.shared <= SHARED_LIMIT[capability]
 
 
