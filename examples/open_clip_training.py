@@ -36,7 +36,7 @@ def train_step(
     total.backward()
     optimizer.step()
     with torch.no_grad():
-        torch.clamp_(model.logit_scale, 0, 4.6052)
+        model.get_parameter("logit_scale").clamp_(0, 4.6052)
     return float(total.detach())
 
 
