@@ -30,21 +30,22 @@ def contrastive_statistics(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(others_of_row fp64 [b], others_of_column fp64 [n], gap [b], exponentials [c])."""
-    statistics = contrastive_module(impl, rows).contrastive_statistics(
-        rows,
-        columns,
-        scale,
-        product,
-        row_norm,
-        column_norm,
-        row_offset=row_offset,
-        row_ids=row_ids,
-        column_ids=column_ids,
-        positives=positives,
-        pair_count=pair_count,
-        label_smoothing=label_smoothing,
-        memory_budget=memory_budget,
-    )
+    with torch.cuda.device_of(rows):
+        statistics = contrastive_module(impl, rows).contrastive_statistics(
+            rows,
+            columns,
+            scale,
+            product,
+            row_norm,
+            column_norm,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            column_ids=column_ids,
+            positives=positives,
+            pair_count=pair_count,
+            label_smoothing=label_smoothing,
+            memory_budget=memory_budget,
+        )
     return tuple(statistics)
 
 
@@ -82,16 +83,17 @@ def contrastive_summary(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], row_terms [2, b], column_terms [2, n], own_entry [b])."""
-    summary = contrastive_module(impl, gap).contrastive_summary(
-        others_of_row,
-        others_of_column,
-        product_of_column,
-        scale,
-        gap,
-        own_target,
-        row_offset=row_offset,
-        pair_count=pair_count,
-    )
+    with torch.cuda.device_of(gap):
+        summary = contrastive_module(impl, gap).contrastive_summary(
+            others_of_row,
+            others_of_column,
+            product_of_column,
+            scale,
+            gap,
+            own_target,
+            row_offset=row_offset,
+            pair_count=pair_count,
+        )
     return tuple(summary)
 
 
@@ -129,27 +131,28 @@ def contrastive_products(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_products [b, D] or [0], column_products [n, D] or [0], d_scale [])."""
-    products = contrastive_module(impl, rows).contrastive_products(
-        rows,
-        columns,
-        scale,
-        product,
-        row_norm,
-        column_norm,
-        row_terms,
-        column_terms,
-        own_entry,
-        exponentials,
-        upstream,
-        row_offset=row_offset,
-        row_ids=row_ids,
-        column_ids=column_ids,
-        positives=positives,
-        pair_count=pair_count,
-        label_smoothing=label_smoothing,
-        need_rows=need_rows,
-        need_columns=need_columns,
-    )
+    with torch.cuda.device_of(rows):
+        products = contrastive_module(impl, rows).contrastive_products(
+            rows,
+            columns,
+            scale,
+            product,
+            row_norm,
+            column_norm,
+            row_terms,
+            column_terms,
+            own_entry,
+            exponentials,
+            upstream,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            column_ids=column_ids,
+            positives=positives,
+            pair_count=pair_count,
+            label_smoothing=label_smoothing,
+            need_rows=need_rows,
+            need_columns=need_columns,
+        )
     of_rows, of_columns, d_scale = products
     return (
         d_scale.new_empty(0) if of_rows is None else of_rows,

@@ -20,7 +20,8 @@ def prepare_pairs(
 
     rows and columns are [0] where they are the features themselves.
     """
-    pairs = pairs_module(impl, image).prepare_pairs(image, text, dtype, normalize=normalize)
+    with torch.cuda.device_of(image):
+        pairs = pairs_module(impl, image).prepare_pairs(image, text, dtype, normalize=normalize)
     if normalize or image.dtype != dtype:
         return tuple(pairs)
     return image.new_empty(0), text.new_empty(0), *pairs[2:]
@@ -54,19 +55,20 @@ def finish_pairs(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(d_image, d_text), like the features or [0] where not needed."""
-    d_image, d_text = pairs_module(impl, rows).finish_pairs(
-        row_products if need_image else None,
-        column_products if need_text else None,
-        rows,
-        columns,
-        own_entry,
-        image,
-        text,
-        scale,
-        upstream,
-        factor,
-        normalize=normalize,
-    )
+    with torch.cuda.device_of(rows):
+        d_image, d_text = pairs_module(impl, rows).finish_pairs(
+            row_products if need_image else None,
+            column_products if need_text else None,
+            rows,
+            columns,
+            own_entry,
+            image,
+            text,
+            scale,
+            upstream,
+            factor,
+            normalize=normalize,
+        )
     return (
         image.new_empty(0) if d_image is None else d_image,
         text.new_empty(0) if d_text is None else d_text,

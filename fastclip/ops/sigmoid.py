@@ -22,16 +22,17 @@ def sigmoid_loss(
     impl: str,
 ) -> Tensor:
     """This rank's rows' part of the loss, []."""
-    return sigmoid_module(impl, rows).sigmoid_loss(
-        rows,
-        columns,
-        scale,
-        bias,
-        row_offset=row_offset,
-        row_ids=row_ids,
-        column_ids=column_ids,
-        pair_count=pair_count,
-    )
+    with torch.cuda.device_of(rows):
+        return sigmoid_module(impl, rows).sigmoid_loss(
+            rows,
+            columns,
+            scale,
+            bias,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            column_ids=column_ids,
+            pair_count=pair_count,
+        )
 
 
 @sigmoid_loss.register_fake
@@ -59,19 +60,20 @@ def sigmoid_products(
 
     Products that are not needed come back as [0].
     """
-    products = sigmoid_module(impl, rows).sigmoid_products(
-        rows,
-        columns,
-        scale,
-        bias,
-        product,
-        row_offset=row_offset,
-        row_ids=row_ids,
-        column_ids=column_ids,
-        pair_count=pair_count,
-        need_rows=need_rows,
-        need_columns=need_columns,
-    )
+    with torch.cuda.device_of(rows):
+        products = sigmoid_module(impl, rows).sigmoid_products(
+            rows,
+            columns,
+            scale,
+            bias,
+            product,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            column_ids=column_ids,
+            pair_count=pair_count,
+            need_rows=need_rows,
+            need_columns=need_columns,
+        )
     loss, of_rows, of_columns, d_scale, d_bias, own_entry = products
     return (
         loss.clone(),

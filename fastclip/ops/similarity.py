@@ -110,7 +110,7 @@ def similarity_matrix(
     impl: str,
 ) -> Tensor:
     """`similarity` without its checks."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False), torch.cuda.device_of(queries):
         return similarity_module(impl, queries).similarity(
             queries, keys, scale, normalize=normalize, out_dtype=out_dtype
         )
@@ -134,7 +134,7 @@ def similarity_gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_queries [M, D] or [0], d_keys [N, D] or [0], d_scale []), in compute dtype."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False), torch.cuda.device_of(queries):
         gradients = similarity_module(impl, queries).similarity_gradients(
             gradient,
             queries,
@@ -166,7 +166,7 @@ def similarity_neighbours(
     queries: Tensor, keys: Tensor, k: int, normalize: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """`similarity_topk` without its checks."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False), torch.cuda.device_of(queries):
         module = similarity_module(impl, queries)
         return tuple(module.similarity_topk(queries, keys, k, normalize=normalize))
 
