@@ -217,6 +217,7 @@ def contrastive_products(
     total, count, dims = rows.shape[0], columns.shape[0], rows.shape[1]
     tile = tiling(rows.dtype, capability_of(rows))
     options = _gemm_options(tile, dims)
+    narrow = tiling(rows.dtype, capability_of(rows), narrow=True)
     targets = {
         "HAS_IDS": row_ids is not None,
         "HAS_TARGETS": row_ids is not None or label_smoothing > 0,
@@ -253,10 +254,11 @@ def contrastive_products(
                 BLOCK_R=strip, TILES=REPAIR_TILES, **options, **targets,
             )  # fmt: skip
         else:
+            tiles = triton.cdiv(height, narrow.block_m), triton.cdiv(width, narrow.block_n)
             partials.append(product.new_empty(tiles[0] * tiles[1]))
             gradient_kernel[tiles](
                 chunk, others, scale, *terms, *ids, gradient, partials[-1], *shape,
-                label_smoothing, pairs, gain, **options, **targets,
+                label_smoothing, pairs, gain, **_gemm_options(narrow, dims), **targets,
             )  # fmt: skip
         products.add(gradient, block)
         held += height * width

@@ -47,7 +47,8 @@ _HALF = {
     90: Tiling(128, 128, 64, 8, 3),
     100: Tiling(128, 64, 64, 8, 3),
 }
-# For an epilogue that holds more than the products: loss and gradient of the sigmoid at once.
+# For an epilogue that holds more than the products. With few registers a thread, two blocks of
+# threads share a multiprocessor: one multiplies while the other is in its epilogue.
 _HALF_NARROW = {
     80: Tiling(128, 64, 32, 8, 3),
     90: Tiling(128, 64, 64, 8, 3),
