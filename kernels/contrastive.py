@@ -175,7 +175,7 @@ def contrastive_summary(
     row_offset: int = 0,
     pair_count: int | None = None,
 ) -> ContrastiveSummary:
-    """Between the passes; `reference.contrastive_summary` (no fp64), powers being those of 2."""
+    """Between the passes; `reference.contrastive_summary` (no fp64)."""
     rows, count = others_of_row.shape[0], others_of_column.shape[0]
     loss, own_entry = gap.new_empty(()), gap.new_empty(rows)
     row_terms, column_terms = gap.new_empty((2, rows)), gap.new_empty((2, count))

@@ -72,8 +72,8 @@ class ContrastiveSummary(NamedTuple):
     """[], this rank's rows' part of the loss."""
 
     row_terms: Tensor
-    """[2, b], power and weight: base^power · weight is q·e^−O of the row, O being the others'
-    log-sum-exp and q = 1 − p_ii their share of the softmax. The base is the implementation's."""
+    """[2, b], power and weight: e^power · weight is q·e^−O of the row, O being the others'
+    log-sum-exp and q = 1 − p_ii their share of the softmax."""
 
     column_terms: Tensor
     """[2, N], likewise of the columns."""
