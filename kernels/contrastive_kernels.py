@@ -364,8 +364,7 @@ def regradient_kernel(
             column_power + column_index, mask=column_index < column_count, other=low
         )
         highest = tl.maximum(tl.max(of_row), tl.max(of_column))
-        # A scale below 1 as well: S / s is read off E. NaN counts as too small.
-        if ((highest + shift <= -FLOOR) & (tl.abs(s) >= 1.0)) == 0:
+        if (highest + shift <= -FLOOR) == 0:  # NaN counts as too small
             _gradient_tile(
                 rows, columns, scale, row_power, row_weight, column_power, column_weight, row_ids,
                 column_ids, positives, gradient, row_index, column_index, row_count, column_count,
