@@ -1,5 +1,5 @@
 """``python -m fastclip``, ``torchrun -m fastclip`` and ``deepspeed --module fastclip``."""
 
-from fastclip.cli import main
+from fastclip.cli import run
 
-raise SystemExit(main())
+run()

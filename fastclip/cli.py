@@ -6,13 +6,14 @@ Every import of a part happens inside its verb, so that `fastclip doctor` works 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fastclip import __version__
 
@@ -23,6 +24,26 @@ logger = logging.getLogger("fastclip")
 
 EXIT_STOPPED = 75
 """Exit status of a run that a signal stopped with its state saved (EX_TEMPFAIL: run it again)."""
+
+
+def run() -> NoReturn:
+    """The process: one verb, then `leave` with its status."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; one that a launcher started leaves without tearing the interpreter down.
+
+    DeepSpeed's globals, and default arguments inside torch.distributed, keep gloo's process group
+    alive after it was destroyed. Its threads then free tensors while the interpreter ends, and now
+    and then abort a rank whose work is done: the launcher would report a failed run.
+    """
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

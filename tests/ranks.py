@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fastclip.cli import leave
 from fastclip.distributed.runtime import Runtime
 
 
@@ -70,5 +70,5 @@ def _worker(
     torch.save(result, run / f"result-{rank}")
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # libraries' destructors beside gloo's threads have aborted after all was done
+    os.environ["RANK"] = str(rank)
+    leave(0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +100,27 @@ def test_synthetic_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert (tmp_path / "s" / "00000.tar").is_file()
     assert cli.main(command) == 1
     assert "choose an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "torn_down"), [(None, True), ("1", False)])
+def test_a_rank_leaves_without_destructors(rank: str | None, torn_down: bool) -> None:
+    program = """
+import atexit
+from fastclip.cli import leave
+class Group:
+    def __del__(self): print("torn down")
+kept = Group()
+atexit.register(print, "exit handler")
+print("last words", end=" ")
+leave(75)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
+    if rank is not None:
+        environment["RANK"] = rank
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75
+    assert done.stdout.startswith("last words exit handler\n")
+    assert ("torn down" in done.stdout) == torn_down
