@@ -1,7 +1,8 @@
 # make demo       set up, build real image–text shards, train on two ranks, evaluate, show
 # make test       set up, run the checks and the everyday tests
 # make test-all   the same with the long tests
-# make check      ruff, pyright, import-linter
+# make fuzz       a million random texts through the native tokenizer and the Python one
+# make check      ruff, pyright, import-linter, clang-format
 # make dist       wheel and sdist in dist/
 # make clean      remove the environment and everything built
 
@@ -17,7 +18,7 @@ RANKS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all check dist clean
+.PHONY: demo test test-all fuzz check dist clean
 .DELETE_ON_ERROR:
 
 # torch first and by version: an unpinned requirement would fetch the newest CUDA build.
@@ -28,7 +29,9 @@ $(VENV)/.torch: Makefile
 	$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/tables/*.inc)
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo]"
 	@touch $@
 
@@ -52,11 +55,15 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest --durations=30
 
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/tokenizer_fuzz.py --texts 1000000
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/tokenizer/*.cpp
 
 dist: $(VENV)/.dev
 	rm -rf dist

@@ -144,7 +144,7 @@ def _parts() -> tuple[Finding, ...]:
             ("torch AdamW, fused", _apex_note()),
             ("torch AdamW", "the fused form is for CUDA devices"),
         ),
-        Finding("tokenizer", "python", "exact; the native one is not built yet"),
+        _tokenizer(),
         Finding("image decoding", "Pillow, threads", "DALI is not used yet"),
         _npm(),
         _one_of_two(
@@ -166,6 +166,22 @@ def _apex_note() -> str:
     if find_apex_adam() is None:
         return "NVIDIA's apex is not built here; optim.implementation=apex would stop"
     return "NVIDIA's apex is here: optim.implementation=apex"
+
+
+def _tokenizer() -> Finding:
+    try:
+        from fastclip.tokenizer import _native
+        from fastclip.tokenizer.backends import NativeBackend
+    except ImportError:
+        return Finding("tokenizer", "python", "exact but slow; the native one was not built")
+    made_with = {name: version_of(name) for name in _native.MADE_WITH}
+    others = [
+        f"{name} {found}, its tables {_native.MADE_WITH[name]}"
+        for name, found in made_with.items()
+        if found not in (None, _native.MADE_WITH[name])
+    ]
+    note = f"{NativeBackend('openai').instructions}; exact"
+    return Finding("tokenizer", "native", "; ".join([note, *others]))
 
 
 def _npm() -> Finding:

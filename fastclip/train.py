@@ -79,7 +79,12 @@ class _Run:
         torch.manual_seed(run.seed)  # the same initial weights on every rank
         model = build_model(config)
         check_micro_batching(model, run.micro_batches)
-        self.tokenizer = Tokenizer(context_length=config.model.text.context_length)
+        try:
+            self.tokenizer = Tokenizer(
+                context_length=config.model.text.context_length, backend=config.data.tokenizer
+            )
+        except ImportError as error:
+            raise ImportError(f"{error}; or train with data.tokenizer=python") from error
         self.loader = TrainLoader(
             config.data,
             image_size=config.model.vision.image_size,

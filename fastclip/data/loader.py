@@ -58,6 +58,9 @@ class DataConfig:
     positives: Literal["none", "caption", "label"] = "none"
     """Further positives of a pair: none, pairs with the same caption, or the same json label_id."""
 
+    tokenizer: Literal["native", "python"] = "native"
+    """The compiled tokenizer, or the Python one: the same ids, about 100 times slower."""
+
     trim_text: bool = True
     """Cut token rows after the batch's longest caption; exact for these towers."""
 

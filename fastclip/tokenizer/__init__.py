@@ -5,22 +5,44 @@
     tokenizer = Tokenizer(context_length=77)
     tokenizer(["a photo of a cat", "a diagram"])  # int64 [2, 77]
 
-ftfy and regex are loaded when a Tokenizer is made, not when this package is imported.
+The work is done in C++ (csrc/). ftfy and regex are loaded when they are needed: for a text with
+mojibake, and by the Python tokenizer that the C++ one is tested against.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastclip.tokenizer.vocabulary import EOT, SOT, VOCAB_SIZE, Dialect
+from fastclip.tokenizer.backends import BackendName, choose
+from fastclip.tokenizer.reduction import ReductionMask, check_reduction, reduce_batch
+from fastclip.tokenizer.texts import TextInput, as_destination, as_sequence, decoded
+from fastclip.tokenizer.vocabulary import (
+    EOT,
+    SOT,
+    VOCAB_SIZE,
+    CleanMode,
+    Dialect,
+    check_dialect,
+    load_vocabulary,
+)
 
-__all__ = ["Tokenizer"]
+__all__ = ["PackedTokens", "Tokenizer"]
 
-_SHOWN_CHARACTERS = 60  # of an offending text, in an error message
+
+class PackedTokens(NamedTuple):
+    """Texts one behind the other, as attention over texts of different lengths takes them."""
+
+    ids: torch.Tensor
+    """int32 [sum of lengths]: SOT, the ids, EOT of each text."""
+
+    cu_seqlens: torch.Tensor
+    """int32 [B + 1]: where each text begins in `ids`, and its end."""
+
+    lengths: torch.Tensor
+    """int32 [B]."""
 
 
 class Tokenizer:
@@ -28,7 +50,11 @@ class Tokenizer:
 
     A row is SOT, the ids of the text, EOT, then zeros up to `context_length`; zero is also the id
     of "!", so take the lengths of `encode_batch` rather than counting non-zeros. One instance may
-    serve several threads.
+    serve several threads, and a process forked from one that has used it.
+
+    Texts are a str, a list or tuple of str or bytes (UTF-8), a one-dimensional NumPy array of
+    bytes, str or objects, or an Arrow array of strings; bytes, NumPy's and Arrow's are read in
+    place.
 
     Args:
         context_length: length of a row in tokens, SOT and EOT included; at least 3.
@@ -36,8 +62,17 @@ class Tokenizer:
             (``<|startoftext|>``, ``<|endoftext|>``) or "open_clip" (``<start_of_text>``,
             ``<end_of_text>``). Any other text has the same ids in both.
         truncate: cut a text that is too long and end the row with EOT (True), or raise (False).
+        clean: "lower" as OpenAI; "whitespace" keeps the case; "canonicalize" also deletes ASCII's
+            punctuation, as open_clip's SigLIP models have it.
+        reduction_mask: open_clip's ways of choosing what stays of a text that is too long, instead
+            of its beginning: "simple", "random", "shuffle", "syntax".
+        threads: how many work on one batch of the native tokenizer; None: one for each processor,
+            at most 8. Batches of up to 256 texts stay on the calling thread.
+        strict: hand texts with characters that the native tables do not know (a Unicode version
+            other than 14 and 15) to Python, so that even those get this Python's ids.
+        backend: "native", "python", or "auto": the native one if it was built.
 
-    Raises ValueError for a setting outside these, and ImportError without ftfy or regex.
+    Raises ValueError for a setting outside these, and ImportError for a backend that is not there.
     """
 
     vocab_size = VOCAB_SIZE
@@ -46,27 +81,51 @@ class Tokenizer:
     pad = 0
 
     def __init__(
-        self, context_length: int = 77, dialect: Dialect = "openai", truncate: bool = True
+        self,
+        context_length: int = 77,
+        dialect: Dialect = "openai",
+        truncate: bool = True,
+        *,
+        clean: CleanMode = "lower",
+        reduction_mask: ReductionMask = "",
+        threads: int | None = None,
+        strict: bool = False,
+        backend: Literal["auto", "native", "python"] = "auto",
     ) -> None:
         _check_context_length(context_length)
-        # Imported here, so that importing this package needs neither ftfy nor regex.
-        from fastclip.tokenizer.reference import ReferenceTokenizer
-
+        check_dialect(dialect)
+        if clean not in ("lower", "whitespace", "canonicalize"):
+            raise ValueError(f"clean is 'lower', 'whitespace' or 'canonicalize', not {clean!r}")
+        check_reduction(reduction_mask)
         self.context_length = context_length
         self.dialect: Dialect = dialect
         self.truncate = truncate
-        self._text = ReferenceTokenizer(dialect)
+        self.clean: CleanMode = clean
+        self.reduction_mask: ReductionMask = reduction_mask
+        self._made_with: dict[str, Any] = {"threads": threads, "strict": strict, "backend": backend}
+        self._backend = choose(backend, dialect, clean, strict, threads)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {
+            "context_length": self.context_length,
+            "dialect": self.dialect,
+            "truncate": self.truncate,
+            "clean": self.clean,
+            "reduction_mask": self.reduction_mask,
+            **self._made_with,
+        }
+        return _make, (settings,)
 
     @property
-    def backend(self) -> Literal["python"]:
-        """What does the work: "python"."""
-        return "python"
+    def backend(self) -> BackendName:
+        """What does the work: "native" or "python"."""
+        return self._backend.name
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text of any length, without SOT and EOT. Raises TypeError unless str."""
         if not isinstance(text, str):
             raise TypeError(f"a text to encode is a str, not {type(text).__name__}")
-        return self._text.encode(text)
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
         """The text that ids (a list, or an integer tensor [n]) stand for, a blank after each word.
@@ -79,53 +138,74 @@ class Tokenizer:
             if ids.dim() != 1:
                 raise ValueError(f"decode takes the ids of one text, not {list(ids.shape)}; loop")
             ids = ids.tolist()
-        return self._text.decode(ids)
+        return load_vocabulary(self.dialect).decode(ids)
 
-    def encode_batch(self, texts: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_batch(self, texts: TextInput) -> tuple[torch.Tensor, torch.Tensor]:
         """Token rows and their lengths: int32 [B, context_length], int32 [B].
 
         A length counts SOT and EOT, so it is between 2 and `context_length`. Raises TypeError for
-        anything but texts, and ValueError for a text that is too long if `truncate` is off; both
-        name the text's index.
+        anything but texts, and ValueError for bytes that are not UTF-8, for a null, and for a text
+        that is too long if `truncate` is off; all name the text's index.
         """
-        return self._rows(texts, self.context_length)
+        return self._rows(texts, self.context_length, torch.int32)
+
+    def encode_packed(self, texts: TextInput) -> PackedTokens:
+        """The texts one behind the other, none longer than `context_length`. Raises as
+        `encode_batch`."""
+        rows, lengths = self._rows(texts, self.context_length, torch.int32)
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(lengths, 0, dtype=torch.int32, out=starts[1:])
+        packed = self._backend.pack(rows, lengths, int(starts[-1]))
+        return PackedTokens(packed, starts, lengths)
 
     def __call__(
-        self, texts: str | Sequence[str], context_length: int | None = None
+        self, texts: TextInput, context_length: int | None = None, out: Any = None
     ) -> torch.Tensor:
         """Token rows as int64 [B, context_length], the face of open_clip's tokenizers.
 
-        `context_length` overrides the tokenizer's own for this call. Raises as `encode_batch`.
+        Args:
+            texts: the texts.
+            context_length: overrides the tokenizer's own for this call.
+            out: where to write the rows, and what to return: a contiguous torch tensor on the CPU
+                (pinned ones included) or a C-contiguous writable NumPy array, [B, context_length]
+                of int32, int64 or uint16. If the call raises, what it holds is not specified.
+
+        Raises as `encode_batch`, and TypeError or ValueError for an unfit `out`.
         """
         if context_length is None:
             context_length = self.context_length
         else:
             _check_context_length(context_length)
-        return self._rows(texts, context_length)[0].to(torch.int64)
+        rows = self._rows(texts, context_length, torch.int64, out)[0]
+        return rows if out is None else out
 
     def _rows(
-        self, texts: str | Sequence[str], context_length: int
+        self, texts: TextInput, context_length: int, dtype: torch.dtype, out: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = _checked(texts)
-        flat = array("i", bytes(4 * len(batch) * context_length))
-        lengths = array("i", bytes(4 * len(batch)))
-        for index, text in enumerate(batch):
-            ids = [SOT, *self._text.encode(text), EOT]
-            if len(ids) > context_length:
-                if not self.truncate:
-                    raise ValueError(
-                        f"texts[{index}] ({_beginning(text)}) has {len(ids)} tokens, SOT and EOT "
-                        f"included, and the context length is {context_length}; shorten the text, "
-                        "raise context_length, or set truncate=True to cut it"
-                    )
-                ids[context_length - 1 :] = [EOT]
-            start = index * context_length
-            flat[start : start + len(ids)] = array("i", ids)
-            lengths[index] = len(ids)
-        if not batch:
-            return torch.zeros(0, context_length, dtype=torch.int32), torch.zeros(0).int()
-        rows = torch.frombuffer(flat, dtype=torch.int32).view(len(batch), context_length)
-        return rows, torch.frombuffer(lengths, dtype=torch.int32)
+        batch = self._backend.read(texts)
+        if out is None:
+            rows = torch.empty(len(batch), context_length, dtype=dtype)
+        else:
+            rows = as_destination(out, len(batch), context_length)
+        lengths = torch.empty(len(batch), dtype=torch.int32)
+        if self.reduction_mask:
+            self._reduce(texts, rows, lengths)
+        else:
+            self._backend.fill(batch, rows, lengths, self.truncate)
+        return rows, lengths
+
+    def _reduce(self, texts: TextInput, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        plain = [decoded(text, index) for index, text in enumerate(as_sequence(texts))]
+        room = rows.shape[1] - 2
+        reduced = reduce_batch(plain, self.reduction_mask, room, self._backend.encode)
+        rows.zero_()
+        for row, ids in zip(rows, reduced, strict=True):
+            row[: len(ids) + 2] = torch.tensor([SOT, *ids, EOT], dtype=row.dtype)
+        lengths.copy_(torch.tensor([len(ids) + 2 for ids in reduced], dtype=torch.int32))
+
+
+def _make(settings: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(**settings)
 
 
 def _check_context_length(context_length: int) -> None:
@@ -136,22 +216,3 @@ def _check_context_length(context_length: int) -> None:
             f"context_length is {context_length}; a row holds SOT, at least one token, and EOT, "
             "so it is at least 3"
         )
-
-
-def _checked(texts: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(texts, str):
-        return (texts,)
-    if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Sequence):
-        raise TypeError(
-            f"texts is a str or a sequence of str, not {type(texts).__name__}; "
-            "decode bytes, and turn other collections into a list"
-        )
-    batch = tuple(texts)
-    for index, text in enumerate(batch):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{index}] is {type(text).__name__}, not str")
-    return batch
-
-
-def _beginning(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…")

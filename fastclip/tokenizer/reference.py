@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import html
 import re
-from collections.abc import Iterable
+import string
 
 try:
     import ftfy
@@ -24,9 +24,8 @@ except ImportError as error:
 
 from fastclip.tokenizer.vocabulary import (
     BYTE_TO_SYMBOL,
-    SYMBOL_TO_BYTE,
-    VOCAB_SIZE,
     WORD_END,
+    CleanMode,
     Dialect,
     load_vocabulary,
 )
@@ -39,18 +38,25 @@ CACHED_WORD_LENGTH = 48
 # ASCII without "&" (no entity) and without control characters (which ftfy deletes) has nothing
 # that ftfy or html.unescape could change.
 _NOTHING_TO_REPAIR = re.compile(r"[\t\n\f\r -%'-~]*")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def clean(text: str) -> str:
+def clean(text: str, mode: CleanMode = "lower") -> str:
     """Repair mojibake and entities, collapse whitespace, lower the case.
 
     Lower-casing comes last and sees the whole text, because a capital sigma becomes ς or σ by its
     neighbours. Entities are resolved by ftfy, strictly and only as long as it has met no ``<``,
     then twice by html.unescape, which also knows ``&copy`` without its semicolon.
+
+    "whitespace" leaves the case alone. "canonicalize" turns underscores into blanks and deletes the
+    rest of ASCII's punctuation before it lowers the case, as big_vision does.
     """
     if not _NOTHING_TO_REPAIR.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    if mode == "canonicalize":
+        text = text.replace("_", " ").translate(_WITHOUT_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if mode == "whitespace" else text.lower()
 
 
 def merge(symbols: list[str], ranks: dict[str, int]) -> list[str]:
@@ -93,8 +99,9 @@ class ReferenceTokenizer:
     entries never depend on who wrote them.
     """
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, clean_mode: CleanMode = "lower") -> None:
         self._vocabulary = load_vocabulary(dialect)
+        self._clean_mode: CleanMode = clean_mode
         self._special_texts = (self._vocabulary.sot_text, self._vocabulary.eot_text)
         # Spelled as the original is, idle brackets included: how a set ignores case is regex's own.
         self._words = regex.compile(
@@ -128,7 +135,7 @@ class ReferenceTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without SOT and EOT unless it spells them out."""
         ids: list[int] = []
-        for word in self.pre_tokenize(clean(text)):
+        for word in self.pre_tokenize(clean(text, self._clean_mode)):
             known = self._cache.get(word)
             if known is None:
                 known = self.bpe(word)
@@ -142,18 +149,3 @@ class ReferenceTokenizer:
         if len(self._cache) >= CACHED_WORDS:
             self._cache.clear()  # the frequent words are back within a few captions
         self._cache[word] = ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that the ids spell, a blank after each word, special tokens included.
-
-        Bytes that are no UTF-8 become U+FFFD, as when a character was cut in two. Raises ValueError
-        for an id outside 0..49407.
-        """
-        spellings: list[str] = []
-        for token in ids:
-            if not 0 <= token < VOCAB_SIZE:
-                raise ValueError(f"token id {token} is outside 0..{VOCAB_SIZE - 1}")
-            spellings.append(self._vocabulary.tokens[token])
-        # The end-of-word marks are ASCII and pass through the byte alphabet unchanged.
-        spelled = bytes("".join(spellings).translate(SYMBOL_TO_BYTE), "latin-1")
-        return spelled.decode("utf-8", errors="replace").replace(WORD_END, " ")

@@ -7,12 +7,14 @@ every byte has one printable character, and ``</w>`` marks the end of a word.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 Dialect = Literal["openai", "open_clip"]
+CleanMode = Literal["lower", "whitespace", "canonicalize"]
 
 MERGES_PATH = Path(__file__).with_name("bpe_merges.txt")
 WORD_END = "</w>"
@@ -51,6 +53,28 @@ class Vocabulary:
     sot_text: str  # how this dialect spells SOT (id 49406)
     eot_text: str  # and EOT (id 49407)
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that the ids spell, a blank after each word, special tokens included.
+
+        Bytes that are no UTF-8 become U+FFFD, as when a character was cut in two. Raises ValueError
+        for an id outside 0..49407.
+        """
+        spellings: list[str] = []
+        for token in ids:
+            if not 0 <= token < VOCAB_SIZE:
+                raise ValueError(f"token id {token} is outside 0..{VOCAB_SIZE - 1}")
+            spellings.append(self.tokens[token])
+        # The end-of-word marks are ASCII and pass through the byte alphabet unchanged.
+        spelled = bytes("".join(spellings).translate(SYMBOL_TO_BYTE), "latin-1")
+        return spelled.decode("utf-8", errors="replace").replace(WORD_END, " ")
+
+
+def check_dialect(dialect: str) -> None:
+    """Raises ValueError for an unknown dialect."""
+    if dialect not in SPECIAL_TOKENS:
+        known = ", ".join(map(repr, SPECIAL_TOKENS))
+        raise ValueError(f"unknown tokenizer dialect {dialect!r}; it is one of {known}")
+
 
 @lru_cache
 def load_vocabulary(dialect: Dialect) -> Vocabulary:
@@ -58,9 +82,7 @@ def load_vocabulary(dialect: Dialect) -> Vocabulary:
 
     Raises ValueError for an unknown dialect.
     """
-    if dialect not in SPECIAL_TOKENS:
-        known = ", ".join(map(repr, SPECIAL_TOKENS))
-        raise ValueError(f"unknown tokenizer dialect {dialect!r}; it is one of {known}")
+    check_dialect(dialect)
     merges = MERGES_PATH.read_bytes().decode("utf-8").removesuffix("\n")
     lines = merges.split("\n")
     symbols = [BYTE_TO_SYMBOL[byte] for byte in BYTES_BY_ID]

@@ -58,7 +58,8 @@ def test_no_texts():
 
 
 def test_attributes():
-    assert TOKENIZER.backend == "python"
+    assert TOKENIZER.backend == "native"
+    assert Tokenizer(backend="python").backend == "python"
     assert (TOKENIZER.vocab_size, TOKENIZER.sot, TOKENIZER.eot, TOKENIZER.pad) == (
         49408,
         49406,
@@ -88,7 +89,7 @@ def test_too_long_without_truncation():
     ("texts", "message"),
     [
         (["a", None], r"texts\[1\] is NoneType, not str"),
-        (["a", "b", b"c"], r"texts\[2\] is bytes, not str"),
+        (["a", "b", bytearray(b"c")], r"texts\[2\] is bytearray, not str"),
         ([["a"]], r"texts\[0\] is list, not str"),
         (b"a", "not bytes"),
         ({"a"}, "not set"),
@@ -192,9 +193,10 @@ def test_importing_the_package_loads_neither_ftfy_nor_regex_nor_numpy():
 import sys
 sys.modules["numpy"] = None
 import fastclip.tokenizer
-assert not {"ftfy", "regex"} & set(sys.modules)
 ids, lengths = fastclip.tokenizer.Tokenizer().encode_batch(["a cat"])
 assert lengths.tolist() == [4]
+assert not {"ftfy", "regex"} & set(sys.modules)
+assert fastclip.tokenizer.Tokenizer().encode("caf\u00c3\u00a9") == [15304]
 assert {"ftfy", "regex"} <= set(sys.modules)
 """
     assert run_python(program) == ""
@@ -206,7 +208,8 @@ def test_a_missing_package_says_what_to_install(missing: str):
 import sys
 sys.modules[{missing!r}] = None
 from fastclip.tokenizer import Tokenizer
-Tokenizer()
+Tokenizer().encode("a cat, a caf\u00e9 & 2\u00bd \U0001f431\u2026")
+Tokenizer().encode("caf\u00c3\u00a9")
 """
     error = run_python(program)
     assert f"{missing} is not installed" in error
