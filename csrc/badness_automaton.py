@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import re._constants as codes  # pyright: ignore[reportMissingImports]
 import re._parser as parser  # pyright: ignore[reportMissingImports]
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Automaton:
     moves: list[int]  # [states × class_count]: the next state
     class_count: int
     accepting: int
+    unremarkable: int  # the state after a text that no match can begin in
+    longest_match: int
     _classes: dict[int, int]
     _by_category: dict[tuple[bool, ...], int]
 
@@ -35,6 +37,20 @@ class Automaton:
         """The column of a code point."""
         known = self._classes.get(c)
         return self._by_category[_category(chr(c))] if known is None else known
+
+    def matches_without(self, code_points: Iterable[int]) -> bool:
+        """Whether some text without these code points matches."""
+        excluded = {self.class_of(c) for c in code_points}
+        allowed = [column for column in range(self.class_count) if column not in excluded]
+        reached, waiting = {0}, [0]
+        while waiting:
+            state = waiting.pop()
+            for column in allowed:
+                following = self.moves[state * self.class_count + column]
+                if following not in reached:
+                    reached.add(following)
+                    waiting.append(following)
+        return self.accepting in reached
 
     def search(self, text: str) -> bool:
         """Whether the expression is found anywhere in the text."""
@@ -161,8 +177,15 @@ def compile_search(expression: re.Pattern[str]) -> Automaton:
     for state, row in enumerate(table):
         start = group[state] * len(representatives)
         moves[start : start + len(row)] = [group[following] for following in row]
+    parsed = parser.parse(expression.pattern, expression.flags)
     return Automaton(
-        moves, len(representatives), group[states[frozenset({accepting})]], classes, unnamed
+        moves=moves,
+        class_count=len(representatives),
+        accepting=group[states[frozenset({accepting})]],
+        unremarkable=group[states[restart]],
+        longest_match=parsed.getwidth()[1],
+        _classes=classes,
+        _by_category=unnamed,
     )
 
 

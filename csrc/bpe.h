@@ -55,7 +55,7 @@ class WordEncoder {
   static constexpr int kLongCacheBits = 12;
   static constexpr std::size_t kShort = 96;  // bytes; beyond, a heap is faster than a scan
   const Vocabulary& vocabulary_;
-  std::vector<Entry> cache_;
+  LargeVector<Entry> cache_;  // fills one large page
   std::vector<LongEntry> long_cache_;
   std::vector<std::uint16_t> symbols_;
   std::vector<std::uint32_t> previous_, next_;

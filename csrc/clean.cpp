@@ -31,7 +31,7 @@ bool Cleaner::is_clean(const Text& text, const Text& properties, std::uint32_t s
   if (seen & kSuspicious) {
     for (std::size_t begin = 0; begin < text.size();) {
       const std::size_t end = segment_end(text, begin);
-      if (has_mojibake(text.data() + begin, text.data() + end)) return false;
+      if (has_mojibake(text, begin, end)) return false;
       begin = end;
     }
   }
@@ -58,13 +58,27 @@ bool Cleaner::is_composed(const Text& text, const Text& properties) const {
   return true;
 }
 
-bool Cleaner::has_mojibake(const std::uint32_t* begin, const std::uint32_t* end) const {
+// ftfy.badness.is_bad of a segment. A sign of mojibake is a few code points long and has a
+// suspicious one among them, so only their surroundings are looked at.
+bool Cleaner::has_mojibake(const Text& text, std::size_t begin, std::size_t end) const {
+  const std::size_t reach = tables_.longest_sign;
+  const auto move = [this](std::uint32_t state, std::uint32_t properties) {
+    return tables_.badness_moves[state * tables_.badness_classes + (properties >> 16 & 255)];
+  };
   std::uint32_t state = 0;
-  for (const std::uint32_t* c = begin; c != end; ++c) {
-    const std::uint32_t column = tables_.properties(*c) >> 16 & 255;
-    state = tables_.badness_moves[state * tables_.badness_classes + column];
+  std::size_t seen = begin;  // all before it has gone through the automaton, or cannot matter
+  for (std::size_t i = begin; i < end; ++i) {
+    if ((tables_.properties(text[i]) & kSuspicious) == 0) continue;
+    if (i > seen + reach) {
+      seen = i - reach;
+      state = tables_.unremarkable;
+    }
+    for (; seen < std::min(i + reach, end); ++seen) {
+      state = move(state, tables_.properties(text[seen]));
+    }
+    if (state == tables_.bad) return true;
   }
-  return state == tables_.bad;
+  return false;
 }
 
 bool Cleaner::repair(Text& text) {
@@ -108,8 +122,7 @@ bool Cleaner::fix_segment(Text& segment, bool entities) {
       unescape_strictly(segment, rewritten_);
       seen = properties_in(segment);
     }
-    if ((seen & kSuspicious) && has_mojibake(segment.data(), segment.data() + segment.size()))
-      return false;
+    if ((seen & kSuspicious) && has_mojibake(segment, 0, segment.size())) return false;
     if (seen & kMapped) {
       replace_characters(segment);
       join_lines_and_surrogates(segment);

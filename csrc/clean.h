@@ -30,7 +30,7 @@ class Cleaner {
  private:
   bool fix_segment(Text& segment, bool entities);
   std::uint32_t properties_in(const Text& text) const;
-  bool has_mojibake(const std::uint32_t* begin, const std::uint32_t* end) const;
+  bool has_mojibake(const Text& text, std::size_t begin, std::size_t end) const;
   bool is_composed(const Text& text, const Text& properties) const;
   void replace_characters(Text& text);
   void join_lines_and_surrogates(Text& text);

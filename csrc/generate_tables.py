@@ -220,6 +220,9 @@ def unicode_tables() -> str:
     automaton = compile_search(BADNESS_RE)
     pairs = compositions()
     values, distances = properties(automaton, pairs)
+    suspicious = [c for c, bits in enumerate(values) if bits & SUSPICIOUS]
+    if automaton.matches_without(suspicious):
+        raise AssertionError("there is a sign of mojibake that nothing suspicious is part of")
     pages: dict[tuple[int, ...], int] = {}
     first = [
         pages.setdefault(tuple(values[start : start + PAGE]), len(pages))
@@ -253,6 +256,8 @@ def unicode_tables() -> str:
         + f"namespace unicode_{major} {{\n{body}"
         + f"constexpr std::uint32_t kBadnessClasses = {automaton.class_count};\n"
         + f"constexpr std::uint8_t kBad = {automaton.accepting};\n"
+        + f"constexpr std::uint8_t kUnremarkable = {automaton.unremarkable};\n"
+        + f"constexpr std::size_t kLongestSign = {automaton.longest_match};\n"
         + f'constexpr char kVersion[] = "{unicodedata.unidata_version}";\n'
         + f"}}  // namespace unicode_{major}\n"
     )

@@ -20,6 +20,8 @@ namespace {
       ns::kBadnessMoves,                                                                          \
       ns::kBadnessClasses,                                                                        \
       ns::kBad,                                                                                   \
+      ns::kUnremarkable,                                                                          \
+      ns::kLongestSign,                                                                           \
       StringTable{ns::kFixedKeys, ns::kFixedStarts, ns::kFixedPoints, std::size(ns::kFixedKeys)}, \
       StringTable{ns::kDecompositionKeys, ns::kDecompositionStarts, ns::kDecompositionPoints,     \
                   std::size(ns::kDecompositionKeys)},                                             \

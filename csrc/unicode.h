@@ -45,6 +45,8 @@ struct UnicodeTables {
   const std::uint8_t* badness_moves;  // [states][badness_classes]
   std::uint32_t badness_classes;
   std::uint8_t bad;              // the state that means mojibake
+  std::uint8_t unremarkable;     // the state after a text that is no part of a sign of it
+  std::size_t longest_sign;      // in code points
   StringTable fixed;             // ftfy's replacements of single characters
   StringTable decompositions;    // canonical and complete, without Hangul
   const std::uint32_t* deleted;  // what ftfy deletes, ascending

@@ -82,10 +82,10 @@ class Spellings {
 
 }  // namespace
 
-Vocabulary::Vocabulary(std::string_view merges)
-    : pairs_(std::size_t{1} << kPairBits, kNone),
-      words_(std::size_t{1} << kWordBits, kFree),
-      keys_(kVocabularySize, Key{}) {
+Vocabulary::Vocabulary(std::string_view merges) : memory_(1), tables_(memory_.data()) {
+  std::fill(std::begin(tables_->words), std::end(tables_->words), kFree);
+  std::fill(std::begin(tables_->pairs), std::end(tables_->pairs), kNone);
+
   const ByteAlphabet alphabet;
   std::copy(std::begin(alphabet.id_of_byte), std::end(alphabet.id_of_byte), byte_ids_);
 
@@ -146,7 +146,7 @@ Vocabulary::Vocabulary(std::string_view merges)
 void Vocabulary::add_pairs(const std::vector<std::uint32_t>& pairs) {
   constexpr std::uint32_t kFree = ~0u;
   constexpr int kMostMoves = 500;
-  std::vector<std::uint32_t> owner(pairs_.size(),
+  std::vector<std::uint32_t> owner(std::size(tables_->pairs),
                                    kFree);  // which pair stands there, and by which hash
   for (std::uint32_t index = 0; index < pairs.size(); ++index) {
     std::uint32_t moving = index << 1;
@@ -168,20 +168,20 @@ void Vocabulary::add_pairs(const std::vector<std::uint32_t>& pairs) {
     const PairPlaces places(static_cast<std::uint16_t>(pair >> 16),
                             static_cast<std::uint16_t>(pair));
     const std::uint32_t tag = owner[place] & 1 ? places.second_tag : places.first_tag;
-    pairs_[place] = tag << 16 | (512 + (owner[place] >> 1));
+    tables_->pairs[place] = tag << 16 | (512 + (owner[place] >> 1));
   }
 }
 
 void Vocabulary::add_word(const Key& key, std::uint16_t id) {
-  keys_[id] = key;
+  tables_->keys[id] = key;
   const std::uint32_t tag = word_tag(key);
   std::size_t slot = static_cast<std::size_t>(key.hash() >> (64 - kWordBits));
-  for (; words_[slot] != kFree; slot = (slot + 1) & (words_.size() - 1)) {
+  for (; tables_->words[slot] != kFree; slot = (slot + 1) & (std::size(tables_->words) - 1)) {
     // The search stops at the first equal tag, so a second word of that tag cannot be found. It is
     // left to the merges, which give the same id.
-    if (words_[slot] >> 16 == tag) return;
+    if (tables_->words[slot] >> 16 == tag) return;
   }
-  words_[slot] = tag << 16 | id;
+  tables_->words[slot] = tag << 16 | id;
 }
 
 }  // namespace fastclip

@@ -8,8 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <string_view>
 #include <vector>
+
+#include "large.h"
 
 namespace fastclip {
 
@@ -77,7 +80,8 @@ class Vocabulary {
   // The token that two adjacent ones make; kNone if they do not merge.
   std::uint16_t merge(std::uint16_t left, std::uint16_t right) const {
     const PairPlaces places(left, right);
-    const std::uint32_t first = pairs_[places.first], second = pairs_[places.second];
+    const std::uint32_t first = tables_->pairs[places.first],
+                        second = tables_->pairs[places.second];
     const std::uint32_t found = first >> 16 == places.first_tag     ? first
                                 : second >> 16 == places.second_tag ? second
                                                                     : kNone;
@@ -87,7 +91,7 @@ class Vocabulary {
   // Looking a word up takes three steps, so that those of several words can overlap: `slot`, then
   // `candidate`, then `is_token`. Each reads what the one before has prefetched.
   const std::uint32_t* slot(const Key& key) const {
-    const std::uint32_t* slot = &words_[key.hash() >> (64 - kWordBits)];
+    const std::uint32_t* slot = &tables_->words[key.hash() >> (64 - kWordBits)];
     prefetch(slot);
     return slot;
   }
@@ -97,14 +101,14 @@ class Vocabulary {
     while (*slot != kFree) {
       if (*slot >> 16 == tag) {
         const auto id = static_cast<std::uint16_t>(*slot);
-        prefetch(&keys_[id]);
+        prefetch(&tables_->keys[id]);
         return id;
       }
-      if (++slot == words_.data() + words_.size()) slot = words_.data();
+      if (++slot == std::end(tables_->words)) slot = tables_->words;
     }
     return kNone;
   }
-  bool is_token(const Key& key, std::uint16_t id) const { return keys_[id] == key; }
+  bool is_token(const Key& key, std::uint16_t id) const { return tables_->keys[id] == key; }
 
   std::uint16_t byte_id(std::uint8_t byte) const { return byte_ids_[byte]; }
 
@@ -135,9 +139,14 @@ class Vocabulary {
   }
   void add_word(const Key& key, std::uint16_t id);
 
-  std::vector<std::uint32_t> pairs_;  // tag << 16 | id
-  std::vector<std::uint32_t> words_;  // tag << 16 | id, no tag twice in one search
-  std::vector<Key> keys_;             // by id; early merges are frequent words, and lie together
+  // Together they fill most of one large page.
+  struct Tables {
+    std::uint32_t words[std::size_t{1} << kWordBits];  // tag << 16 | id, no tag twice in one search
+    std::uint32_t pairs[std::size_t{1} << kPairBits];  // tag << 16 | id
+    Key keys[kVocabularySize];  // by id; early merges are frequent words, and lie together
+  };
+  LargeVector<Tables> memory_;
+  Tables* const tables_;
   std::uint16_t byte_ids_[256];
 };
 
