@@ -17,6 +17,8 @@ DEMO ?= demo
 RANKS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PYTHONUNBUFFERED := 1
+# The native tokenizer: a failure to compile it is an error here, not a warning.
+export FASTCLIP_NATIVE ?= 1
 
 .PHONY: demo test test-all fuzz check dist clean
 .DELETE_ON_ERROR:

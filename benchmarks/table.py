@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import tokenizer_table
 from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
 from benchmarks.record import RESULTS, ROOT, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-NOT_RUN = "Not yet run on a GPU."
+NOT_RUN = "The losses' and similarity's kernels: not yet run on a GPU."
 SECTIONS = (
     ("contrastive", "Softmax loss, TFLOP/s counted in 4u", CONTRASTIVE_SETS["headline"]),
     ("sigmoid", "Sigmoid loss, TFLOP/s counted in 3u", SIGMOID_SETS["headline"]),
@@ -45,9 +46,11 @@ def section(title: str, rows: Sequence[Row], cases: Sequence[Case]) -> str:
 
 
 def table(results: Path = RESULTS) -> str:
-    """All sections from the rows in a folder, or that there are none."""
+    """All sections from the rows in a folder; where none is a GPU's, that it is so."""
     parts = [section(title, read_rows(results / f"{n}.csv"), c) for n, title, c in SECTIONS]
-    return "\n\n".join(part for part in parts if part) or NOT_RUN
+    measured = "\n\n".join(part for part in parts if part) or NOT_RUN
+    tokenizers = tokenizer_table.section(read_rows(results / "tokenizer.csv"))
+    return f"{measured}\n\n{tokenizers}" if tokenizers else measured
 
 
 def with_table(readme: str, text: str) -> str:

@@ -45,12 +45,6 @@ std::size_t decode_utf8(const std::uint8_t* bytes, std::size_t length, Text& out
   return i;
 }
 
-template <typename Unit>
-void widen(const void* data, std::size_t length, Text& out) {
-  const Unit* units = static_cast<const Unit*>(data);
-  out.assign(units, units + length);
-}
-
 inline std::uint8_t* put_utf8(std::uint8_t* to, std::uint32_t c) {
   if (c < 0x80) {
     *to++ = static_cast<std::uint8_t>(c);
@@ -99,7 +93,6 @@ Outcome Encoder::encode(const TextView& text, std::size_t limit) {
     return Outcome::kEncoded;
   }
   if (!decode(text)) return Outcome::kNotUtf8;
-  look_up_properties();
   if (dialect_.strict && (seen_ & kUnassigned)) return Outcome::kUnassigned;
   bool clean = cleaner_.is_clean(text_, properties_, seen_);
   if (!clean) {
@@ -122,7 +115,6 @@ Outcome Encoder::encode(const TextView& text, std::size_t limit) {
 Outcome Encoder::encode_cleaned(const TextView& text, std::size_t limit) {
   start(limit);
   if (!decode(text)) return Outcome::kNotUtf8;
-  look_up_properties();
   split(false);
   return Outcome::kEncoded;
 }
@@ -131,19 +123,34 @@ bool Encoder::decode(const TextView& text) {
   switch (text.storage) {
     case Storage::kUtf8:
       bad_byte_ = decode_utf8(static_cast<const std::uint8_t*>(text.data), text.length, text_);
+      look_up_properties();
       return bad_byte_ == text.length;
     case Storage::kAscii:
     case Storage::kLatin1:
-      widen<std::uint8_t>(text.data, text.length, text_);
+      read(static_cast<const std::uint8_t*>(text.data), text.length);
       return true;
     case Storage::kUcs2:
-      widen<std::uint16_t>(text.data, text.length, text_);
+      read(static_cast<const std::uint16_t*>(text.data), text.length);
       return true;
     case Storage::kUcs4:
-      widen<std::uint32_t>(text.data, text.length, text_);
+      read(static_cast<const std::uint32_t*>(text.data), text.length);
       return true;
   }
   return false;
+}
+
+template <typename Unit>
+void Encoder::read(const Unit* units, std::size_t length) {
+  text_.resize(length);
+  properties_.resize(length);
+  std::uint32_t seen = 0;
+  for (std::size_t i = 0; i < length; ++i) {
+    const std::uint32_t c = units[i], properties = tables_.properties(c);
+    text_[i] = c;
+    properties_[i] = properties;
+    seen |= properties;
+  }
+  seen_ = seen;
 }
 
 void Encoder::look_up_properties() {

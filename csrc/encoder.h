@@ -89,7 +89,10 @@ class Encoder {
 
  private:
   void start(std::size_t limit);
+  // Fills text_ and its properties. False if it is not UTF-8.
   bool decode(const TextView& text);
+  template <typename Unit>
+  void read(const Unit* units, std::size_t length);
   bool encode_ascii(const std::uint8_t* text, std::size_t length);
   void look_up_properties();
   void canonicalize();
