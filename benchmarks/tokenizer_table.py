@@ -33,7 +33,8 @@ def _table(rows: Mapping[tuple[str, str], Row], threads: int) -> str:
     lines = [
         f"Tokenizers, {clock}: ours in captions a second, then how many times it is each other's "
         f"rate (and the share of rows in which that one's ids are not CLIP's). "
-        f"{any_row['device']}, Python {any_row['python']}, commit {commit}, {any_row['date'][:10]}.",
+        f"{any_row['device']}, Python {any_row['python']}, commit {commit}, "
+        f"{any_row['date'][:10]}.",
         "",
         f"| | {heads} |",
         "|---|" + "---:|" * len(ours),

@@ -123,19 +123,6 @@ struct Lanes {
     const auto* vectors = static_cast<const __m128i*>(numbers);
     return {_mm_loadu_si128(vectors), _mm_loadu_si128(vectors + 1)};
   }
-  void store(void* numbers) const {
-    auto* vectors = static_cast<__m128i*>(numbers);
-    _mm_storeu_si128(vectors, low);
-    _mm_storeu_si128(vectors + 1, high);
-  }
-  // Lane i takes lane i + 1 from `at` on; the last one takes `fill`.
-  void move_up(std::size_t at, std::int16_t fill) {
-    const __m128i before = _mm_set1_epi16(static_cast<short>(static_cast<int>(at) - 1));
-    const __m128i moved_low = _mm_or_si128(_mm_srli_si128(low, 2), _mm_slli_si128(high, 14));
-    const __m128i moved_high = _mm_insert_epi16(_mm_srli_si128(high, 2), fill, 7);
-    low = select(_mm_cmpgt_epi16(places(0), before), moved_low, low);
-    high = select(_mm_cmpgt_epi16(places(8), before), moved_high, high);
-  }
   void set(std::ptrdiff_t at, std::int16_t number) {
     const __m128i place = _mm_set1_epi16(static_cast<short>(at)), value = _mm_set1_epi16(number);
     low = select(_mm_cmpeq_epi16(places(0), place), value, low);
@@ -156,34 +143,43 @@ struct Lanes {
 
 template <>
 std::size_t WordEncoder::encode_lanes<16>(const std::uint8_t* word, std::size_t length) {
-  // One symbol before the first and one behind the last, which merge with nothing.
-  alignas(16) std::uint16_t symbols[32];
+  // A symbol stays in the place of its first byte, a bit of `alive`; merged[i] is what symbol i and
+  // the next one alive make. One symbol before the first and one behind the last merge with
+  // nothing.
+  std::uint16_t places[18];
+  std::uint16_t* symbols = places + 1;
+  symbols[-1] = symbols[16] = Vocabulary::kNone;
   alignas(16) std::int16_t merged[16];
-  symbols_.resize(std::max(symbols_.size(), std::size_t{16}));
-  std::fill(std::begin(symbols), std::end(symbols), Vocabulary::kNone);
   std::fill(std::begin(merged), std::end(merged), kHighest);
-  std::uint16_t* own = symbols + 8;
-  for (std::size_t i = 0; i < length; ++i) own[i] = vocabulary_.byte_id(word[i]);
-  own[length - 1] = static_cast<std::uint16_t>(own[length - 1] + 256);
-  for (std::size_t i = 0; i + 1 < length; ++i)
-    merged[i] = order(vocabulary_.merge(own[i], own[i + 1]));
-  Lanes pairs = Lanes::load(merged), ids = Lanes::load(own);
+  for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_.byte_id(word[i]);
+  symbols[length - 1] = static_cast<std::uint16_t>(symbols[length - 1] + 256);
+  for (std::size_t i = 0; i + 1 < length; ++i) {
+    merged[i] = order(vocabulary_.merge_bytes(word[i], word[i + 1], i + 2 == length));
+  }
+  Lanes pairs = Lanes::load(merged);
+  std::uint32_t alive = ((1u << length) - 1) | 1u << 16;
   while (true) {
     const auto [best, at] = pairs.lowest();
     if (best == kHighest) break;
-    // Symbols: `at` takes the result, the others move up. Their neighbours are read beforehand.
+    const auto after = [&alive](std::size_t place) {
+      return place + 1 + static_cast<std::size_t>(__builtin_ctz(alive >> (place + 1)));
+    };
+    const std::size_t swallowed = after(at);
+    alive &= ~(1u << swallowed);
+    const std::size_t right = after(at);
+    const std::ptrdiff_t left = 30 - __builtin_clz((alive & ((1u << at) - 1)) << 1 | 1);
     const auto id = static_cast<std::uint16_t>(best ^ 0x8000);
-    const std::uint16_t left = own[static_cast<std::ptrdiff_t>(at) - 1], right = own[at + 2];
-    ids.move_up(at + 1, static_cast<std::int16_t>(Vocabulary::kNone));
-    ids.set(static_cast<std::ptrdiff_t>(at), static_cast<std::int16_t>(id));
-    ids.store(own);
-    pairs.move_up(at, kHighest);
-    pairs.set(static_cast<std::ptrdiff_t>(at), order(vocabulary_.merge(id, right)));
-    pairs.set(static_cast<std::ptrdiff_t>(at) - 1, order(vocabulary_.merge(left, id)));
-    --length;
+    symbols[at] = id;
+    pairs.set(static_cast<std::ptrdiff_t>(swallowed), kHighest);
+    pairs.set(static_cast<std::ptrdiff_t>(at), order(vocabulary_.merge(id, symbols[right])));
+    pairs.set(left, order(vocabulary_.merge(symbols[left], id)));
   }
-  ids.store(symbols_.data());
-  return length;
+  symbols_.resize(std::max(symbols_.size(), std::size_t{16}));
+  std::size_t count = 0;
+  for (std::uint32_t bits = alive & 0xFFFF; bits != 0; bits &= bits - 1) {
+    symbols_[count++] = symbols[__builtin_ctz(bits)];
+  }
+  return count;
 }
 #endif
 
@@ -199,8 +195,9 @@ std::size_t WordEncoder::encode_lanes(const std::uint8_t* word, std::size_t leng
 
   for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_.byte_id(word[i]);
   symbols[length - 1] = static_cast<std::uint16_t>(symbols[length - 1] + 256);
-  for (std::size_t i = 0; i + 1 < length; ++i)
-    merged[i] = order(vocabulary_.merge(symbols[i], symbols[i + 1]));
+  for (std::size_t i = 0; i + 1 < length; ++i) {
+    merged[i] = order(vocabulary_.merge_bytes(word[i], word[i + 1], i + 2 == length));
+  }
   while (true) {
     const auto [best, at] = lowest<kLanes>(merged);
     if (best == kHighest) break;

@@ -125,6 +125,15 @@ Vocabulary::Vocabulary(std::string_view merges) : memory_(1), tables_(memory_.da
   if (id != 512 + kMerges) throw std::invalid_argument("the merge table is not the one of CLIP");
   add_pairs(pairs);
 
+  for (std::size_t left = 0; left < 256; ++left) {
+    for (std::size_t right = 0; right < 256; ++right) {
+      for (const int last : {0, 1}) {
+        const auto end = static_cast<std::uint16_t>(byte_ids_[right] + 256 * last);
+        tables_->byte_pairs[last][left][right] = merge(byte_ids_[left], end);
+      }
+    }
+  }
+
   // Early merges are frequent words: entered first, they stand where their search starts.
   std::string bytes;
   for (id = 256; id < kStartOfText; ++id) {

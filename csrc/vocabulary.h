@@ -88,6 +88,11 @@ class Vocabulary {
     return static_cast<std::uint16_t>(found);
   }
 
+  // The same for two bytes of a word, the second of which may end it: where encoding begins.
+  std::uint16_t merge_bytes(std::uint8_t left, std::uint8_t right, bool last) const {
+    return tables_->byte_pairs[last][left][right];
+  }
+
   // Looking a word up takes three steps, so that those of several words can overlap: `slot`, then
   // `candidate`, then `is_token`. Each reads what the one before has prefetched.
   const std::uint32_t* slot(const Key& key) const {
@@ -143,6 +148,7 @@ class Vocabulary {
   struct Tables {
     std::uint32_t words[std::size_t{1} << kWordBits];  // tag << 16 | id, no tag twice in one search
     std::uint32_t pairs[std::size_t{1} << kPairBits];  // tag << 16 | id
+    std::uint16_t byte_pairs[2][256][256];             // inside a word, at its end
     Key keys[kVocabularySize];  // by id; early merges are frequent words, and lie together
   };
   LargeVector<Tables> memory_;
