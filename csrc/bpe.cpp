@@ -151,10 +151,10 @@ std::size_t WordEncoder::encode_lanes<16>(const std::uint8_t* word, std::size_t 
   symbols[-1] = symbols[16] = Vocabulary::kNone;
   alignas(16) std::int16_t merged[16];
   std::fill(std::begin(merged), std::end(merged), kHighest);
-  for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_.byte_id(word[i]);
+  for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_->byte_id(word[i]);
   symbols[length - 1] = static_cast<std::uint16_t>(symbols[length - 1] + 256);
   for (std::size_t i = 0; i + 1 < length; ++i) {
-    merged[i] = order(vocabulary_.merge_bytes(word[i], word[i + 1], i + 2 == length));
+    merged[i] = order(vocabulary_->merge_bytes(word[i], word[i + 1], i + 2 == length));
   }
   Lanes pairs = Lanes::load(merged);
   std::uint32_t alive = ((1u << length) - 1) | 1u << 16;
@@ -171,8 +171,8 @@ std::size_t WordEncoder::encode_lanes<16>(const std::uint8_t* word, std::size_t 
     const auto id = static_cast<std::uint16_t>(best ^ 0x8000);
     symbols[at] = id;
     pairs.set(static_cast<std::ptrdiff_t>(swallowed), kHighest);
-    pairs.set(static_cast<std::ptrdiff_t>(at), order(vocabulary_.merge(id, symbols[right])));
-    pairs.set(left, order(vocabulary_.merge(symbols[left], id)));
+    pairs.set(static_cast<std::ptrdiff_t>(at), order(vocabulary_->merge(id, symbols[right])));
+    pairs.set(left, order(vocabulary_->merge(symbols[left], id)));
   }
   symbols_.resize(std::max(symbols_.size(), std::size_t{16}));
   std::size_t count = 0;
@@ -193,10 +193,10 @@ std::size_t WordEncoder::encode_lanes(const std::uint8_t* word, std::size_t leng
   std::fill(std::begin(merged), std::end(merged), kHighest);
   std::memset(symbols, 0, sizeof symbols);
 
-  for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_.byte_id(word[i]);
+  for (std::size_t i = 0; i < length; ++i) symbols[i] = vocabulary_->byte_id(word[i]);
   symbols[length - 1] = static_cast<std::uint16_t>(symbols[length - 1] + 256);
   for (std::size_t i = 0; i + 1 < length; ++i) {
-    merged[i] = order(vocabulary_.merge_bytes(word[i], word[i + 1], i + 2 == length));
+    merged[i] = order(vocabulary_->merge_bytes(word[i], word[i + 1], i + 2 == length));
   }
   while (true) {
     const auto [best, at] = lowest<kLanes>(merged);
@@ -205,8 +205,8 @@ std::size_t WordEncoder::encode_lanes(const std::uint8_t* word, std::size_t leng
     symbols[at] = static_cast<std::uint16_t>(best ^ 0x8000);
     move_up<kLanes>(merged + at);
     --length;
-    if (at + 1 < length) merged[at] = order(vocabulary_.merge(symbols[at], symbols[at + 1]));
-    if (at > 0) merged[at - 1] = order(vocabulary_.merge(symbols[at - 1], symbols[at]));
+    if (at + 1 < length) merged[at] = order(vocabulary_->merge(symbols[at], symbols[at + 1]));
+    if (at > 0) merged[at - 1] = order(vocabulary_->merge(symbols[at - 1], symbols[at]));
   }
   if (symbols_.size() < kLanes) symbols_.resize(kLanes);
   std::memcpy(symbols_.data(), symbols, kLanes * sizeof *symbols);
@@ -225,7 +225,7 @@ std::size_t WordEncoder::encode_long(const std::uint8_t* word, std::size_t lengt
   previous_.resize(length);
   next_.resize(length);
   for (std::size_t i = 0; i < length; ++i) {
-    symbols_[i] = vocabulary_.byte_id(word[i]);
+    symbols_[i] = vocabulary_->byte_id(word[i]);
     previous_[i] = i == 0 ? kEnd : static_cast<std::uint32_t>(i - 1);
     next_[i] = i + 1 == length ? kEnd : static_cast<std::uint32_t>(i + 1);
   }
@@ -236,7 +236,7 @@ std::size_t WordEncoder::encode_long(const std::uint8_t* word, std::size_t lengt
   heap_.clear();
   const auto result = [&](std::uint32_t left) {
     return next_[left] == kEnd ? Vocabulary::kNone
-                               : vocabulary_.merge(symbols_[left], symbols_[next_[left]]);
+                               : vocabulary_->merge(symbols_[left], symbols_[next_[left]]);
   };
   const auto entry = [](std::uint16_t id, std::uint32_t left) {
     return static_cast<std::uint64_t>(id) << 32 | left;

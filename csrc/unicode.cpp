@@ -13,14 +13,11 @@ namespace {
 
 #define FASTCLIP_TABLES(ns)                                                                       \
   UnicodeTables{                                                                                  \
+      CharacterTables{ns::kPages, ns::kProperties, ns::kLowerDistances, ns::kBadnessMoves,        \
+                      std::size(ns::kProperties), std::size(ns::kLowerDistances),                 \
+                      std::size(ns::kBadnessMoves), ns::kBadnessClasses, ns::kBad,                \
+                      ns::kUnremarkable},                                                         \
       ns::kVersion,                                                                               \
-      ns::kPages,                                                                                 \
-      ns::kProperties,                                                                            \
-      ns::kLowerDistances,                                                                        \
-      ns::kBadnessMoves,                                                                          \
-      ns::kBadnessClasses,                                                                        \
-      ns::kBad,                                                                                   \
-      ns::kUnremarkable,                                                                          \
       ns::kLongestSign,                                                                           \
       StringTable{ns::kFixedKeys, ns::kFixedStarts, ns::kFixedPoints, std::size(ns::kFixedKeys)}, \
       StringTable{ns::kDecompositionKeys, ns::kDecompositionStarts, ns::kDecompositionPoints,     \
@@ -32,6 +29,8 @@ namespace {
       ns::kCombining,                                                                             \
       std::size(ns::kCombining) / 3}
 
+static_assert(std::size(unicode_14::kPages) == CharacterTables::kPages &&
+              std::size(unicode_15::kPages) == CharacterTables::kPages);
 constexpr UnicodeTables kTables14 = FASTCLIP_TABLES(unicode_14);
 constexpr UnicodeTables kTables15 = FASTCLIP_TABLES(unicode_15);
 

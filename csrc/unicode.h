@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "portable.h"
+
 namespace fastclip {
 
 // The two low bits: which part of CLIP's expression a code point belongs to. U+0345, which belongs
@@ -37,16 +39,30 @@ struct StringTable {
   const std::uint32_t* find(std::uint32_t key, std::size_t* length) const;
 };
 
-struct UnicodeTables {
-  const char* version;
+// What is asked about every character: arrays of numbers, the same on the host and on a GPU.
+struct CharacterTables {
+  static constexpr std::size_t kPages = 0x110000 >> 7;
+
   const std::uint16_t* pages;          // by code point / 128
   const std::uint32_t* property_bits;  // by page, then code point % 128
   const std::int32_t* lower_distances;
   const std::uint8_t* badness_moves;  // [states][badness_classes]
+  std::size_t property_count, lower_count, badness_count;
   std::uint32_t badness_classes;
-  std::uint8_t bad;              // the state that means mojibake
-  std::uint8_t unremarkable;     // the state after a text that is no part of a sign of it
-  std::size_t longest_sign;      // in code points
+  std::uint8_t bad;           // the state that means mojibake
+  std::uint8_t unremarkable;  // the state after a text that is no part of a sign of it
+
+  FASTCLIP_BOTH std::uint32_t properties(std::uint32_t c) const {
+    return property_bits[static_cast<std::uint32_t>(pages[c >> 7]) << 7 | (c & 127)];
+  }
+  FASTCLIP_BOTH std::uint32_t lower(std::uint32_t c, std::uint32_t properties_of_c) const {
+    return c + static_cast<std::uint32_t>(lower_distances[properties_of_c >> 24]);
+  }
+};
+
+struct UnicodeTables : CharacterTables {
+  const char* version;
+  std::size_t longest_sign;      // of mojibake, in code points
   StringTable fixed;             // ftfy's replacements of single characters
   StringTable decompositions;    // canonical and complete, without Hangul
   const std::uint32_t* deleted;  // what ftfy deletes, ascending
@@ -56,12 +72,6 @@ struct UnicodeTables {
   const std::uint32_t* combining;  // triples (start, length, combining class), ascending
   std::size_t combining_count;
 
-  std::uint32_t properties(std::uint32_t c) const {
-    return property_bits[static_cast<std::uint32_t>(pages[c >> 7]) << 7 | (c & 127)];
-  }
-  std::uint32_t lower(std::uint32_t c, std::uint32_t properties_of_c) const {
-    return c + static_cast<std::uint32_t>(lower_distances[properties_of_c >> 24]);
-  }
   bool is_deleted(std::uint32_t c) const;
   std::uint32_t combining_class(std::uint32_t c) const;
   // The composite of two code points, Hangul included; 0 if there is none.

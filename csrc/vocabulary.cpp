@@ -83,11 +83,11 @@ class Spellings {
 }  // namespace
 
 Vocabulary::Vocabulary(std::string_view merges) : memory_(1), tables_(memory_.data()) {
-  std::fill(std::begin(tables_->words), std::end(tables_->words), kFree);
-  std::fill(std::begin(tables_->pairs), std::end(tables_->pairs), kNone);
+  std::fill(std::begin(tables_->words), std::end(tables_->words), VocabularyTables::kFree);
+  std::fill(std::begin(tables_->pairs), std::end(tables_->pairs), VocabularyTables::kFree);
 
   const ByteAlphabet alphabet;
-  std::copy(std::begin(alphabet.id_of_byte), std::end(alphabet.id_of_byte), byte_ids_);
+  std::copy(std::begin(alphabet.id_of_byte), std::end(alphabet.id_of_byte), tables_->byte_ids);
 
   // Spellings are kept as the file has them, in the byte alphabet and with "</w>".
   Spellings tokens;
@@ -128,8 +128,8 @@ Vocabulary::Vocabulary(std::string_view merges) : memory_(1), tables_(memory_.da
   for (std::size_t left = 0; left < 256; ++left) {
     for (std::size_t right = 0; right < 256; ++right) {
       for (const int last : {0, 1}) {
-        const auto end = static_cast<std::uint16_t>(byte_ids_[right] + 256 * last);
-        tables_->byte_pairs[last][left][right] = merge(byte_ids_[left], end);
+        const auto end = static_cast<std::uint16_t>(tables_->byte_ids[right] + 256 * last);
+        tables_->byte_pairs[last][left][right] = tables_->merge(tables_->byte_ids[left], end);
       }
     }
   }
@@ -153,39 +153,57 @@ Vocabulary::Vocabulary(std::string_view merges) : memory_(1), tables_(memory_.da
 }
 
 void Vocabulary::add_pairs(const std::vector<std::uint32_t>& pairs) {
-  constexpr std::uint32_t kFree = ~0u;
-  constexpr int kMostMoves = 500;
-  std::vector<std::uint32_t> owner(std::size(tables_->pairs),
-                                   kFree);  // which pair stands there, and by which hash
-  for (std::uint32_t index = 0; index < pairs.size(); ++index) {
-    std::uint32_t moving = index << 1;
-    for (int moves = 0;; ++moves) {
-      if (moves == kMostMoves)
-        throw std::invalid_argument("the merge table is not the one of CLIP");
-      const std::uint32_t pair = pairs[moving >> 1];
-      const PairPlaces places(static_cast<std::uint16_t>(pair >> 16),
-                              static_cast<std::uint16_t>(pair));
-      const std::uint32_t place = moving & 1 ? places.second : places.first;
-      std::swap(owner[place], moving);
-      if (moving == kFree) break;
-      moving ^= 1;
-    }
+  using PairHash = VocabularyTables::PairHash;
+  constexpr std::size_t kGroups = std::size_t{1} << VocabularyTables::kShiftBits;
+  std::vector<PairHash> hashes;
+  hashes.reserve(pairs.size());
+  std::vector<std::uint32_t> ends(kGroups + 1);
+  for (const std::uint32_t pair : pairs) {
+    hashes.emplace_back(static_cast<std::uint16_t>(pair >> 16), static_cast<std::uint16_t>(pair));
+    ++ends[hashes.back().group() + 1];
   }
-  for (std::size_t place = 0; place < owner.size(); ++place) {
-    if (owner[place] == kFree) continue;
-    const std::uint32_t pair = pairs[owner[place] >> 1];
-    const PairPlaces places(static_cast<std::uint16_t>(pair >> 16),
-                            static_cast<std::uint16_t>(pair));
-    const std::uint32_t tag = owner[place] & 1 ? places.second_tag : places.first_tag;
-    tables_->pairs[place] = tag << 16 | (512 + (owner[place] >> 1));
+  // Members of group g: indices[ends[g]] up to indices[ends[g + 1]].
+  std::uint32_t largest = 0;
+  for (std::size_t group = 0; group < kGroups; ++group) {
+    largest = std::max(largest, ends[group + 1]);
+    ends[group + 1] += ends[group];
+  }
+  std::vector<std::uint32_t> next(ends.begin(), ends.end() - 1), indices(pairs.size());
+  for (std::uint32_t i = 0; i < pairs.size(); ++i) indices[next[hashes[i].group()]++] = i;
+
+  // The largest groups are the hardest to place, and come first. True if all of one found room.
+  const auto place = [&](const std::uint32_t* begin, const std::uint32_t* end,
+                         std::uint32_t shift) {
+    for (const std::uint32_t* member = begin; member != end; ++member) {
+      std::uint32_t& entry = tables_->pairs[hashes[*member].slot(shift)];
+      if (entry != VocabularyTables::kFree) {
+        while (member != begin) {
+          tables_->pairs[hashes[*--member].slot(shift)] = VocabularyTables::kFree;
+        }
+        return false;
+      }
+      entry = hashes[*member].lower << 16 | (512 + *member);
+    }
+    return true;
+  };
+  for (std::uint32_t size = largest; size > 0; --size) {
+    for (std::size_t group = 0; group < kGroups; ++group) {
+      if (ends[group + 1] - ends[group] != size) continue;
+      std::uint32_t shift = 0;
+      while (!place(&indices[ends[group]], indices.data() + ends[group + 1], shift)) {
+        if (++shift > 255) throw std::invalid_argument("the merge table is not the one of CLIP");
+      }
+      tables_->shifts[group] = static_cast<std::uint8_t>(shift);
+    }
   }
 }
 
 void Vocabulary::add_word(const Key& key, std::uint16_t id) {
   tables_->keys[id] = key;
-  const std::uint32_t tag = word_tag(key);
-  std::size_t slot = static_cast<std::size_t>(key.hash() >> (64 - kWordBits));
-  for (; tables_->words[slot] != kFree; slot = (slot + 1) & (std::size(tables_->words) - 1)) {
+  const std::uint32_t tag = VocabularyTables::word_tag(key);
+  std::size_t slot = static_cast<std::size_t>(key.hash() >> (64 - VocabularyTables::kWordBits));
+  for (; tables_->words[slot] != VocabularyTables::kFree;
+       slot = (slot + 1) & (std::size(tables_->words) - 1)) {
     // The search stops at the first equal tag, so a second word of that tag cannot be found. It is
     // left to the merges, which give the same id.
     if (tables_->words[slot] >> 16 == tag) return;

@@ -13,14 +13,15 @@
 #include <vector>
 
 #include "large.h"
+#include "portable.h"
 
 namespace fastclip {
 
 constexpr std::uint16_t kStartOfText = 49406, kEndOfText = 49407;
 constexpr std::size_t kVocabularySize = 49408;
 
-inline void prefetch(const void* address) {
-#if defined(__GNUC__) || defined(__clang__)
+FASTCLIP_BOTH inline void prefetch(const void* address) {
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(__CUDA_ARCH__)
   __builtin_prefetch(address);
 #else
   static_cast<void>(address);
@@ -31,8 +32,10 @@ inline void prefetch(const void* address) {
 struct Key {
   std::uint64_t low, high;
 
-  bool operator==(const Key& other) const { return low == other.low && high == other.high; }
-  std::uint64_t hash() const {
+  FASTCLIP_BOTH bool operator==(const Key& other) const {
+    return low == other.low && high == other.high;
+  }
+  FASTCLIP_BOTH std::uint64_t hash() const {
     const auto product =
         static_cast<unsigned __int128>(low ^ 0x9E3779B97F4A7C15u) * (high ^ 0xD1B54A32D192ED03u);
     const std::uint64_t folded =
@@ -67,6 +70,80 @@ inline std::uint64_t hash_bytes(const char* bytes, std::size_t length) {
   return (hash ^ hash >> 29) * 0xFF51AFD7ED558CCDu;
 }
 
+// What is looked up while words are encoded: plain memory, the same on the host and on a GPU. On
+// the host it fills most of one large page.
+struct VocabularyTables {
+  static constexpr int kWordBits = 16, kPairBits = 16, kShiftBits = 14;
+  static constexpr std::uint16_t kNone = 0xFFFF;
+  static constexpr std::uint32_t kFree = ~0u;
+
+  std::uint32_t words[std::size_t{1} << kWordBits];  // tag << 16 | id, no tag twice in one search
+  std::uint32_t pairs[std::size_t{1} << kPairBits];  // tag << 16 | id
+  std::uint8_t shifts[std::size_t{1} << kShiftBits];
+  std::uint16_t byte_pairs[2][256][256];  // inside a word, at its end
+  Key keys[kVocabularySize];  // by id; early merges are frequent words, and lie together
+  std::uint16_t byte_ids[256];
+
+  // Perfect hashing: the lower half of a pair's hash chooses a shift, and that moves the upper half
+  // to a slot that no other pair has. The hash is one-to-one, so that slot and lower half name the
+  // pair, and four bytes hold it and its result.
+  struct PairHash {
+    std::uint32_t upper, lower;
+
+    FASTCLIP_BOTH PairHash(std::uint16_t left, std::uint16_t right) {
+      std::uint32_t hash = static_cast<std::uint32_t>(left) << 16 | right;
+      hash =
+          (hash ^ hash >> 15) * 0x9E37B78Fu;  // with this factor, there is a shift for each group
+      hash ^= hash >> 16;
+      upper = hash >> 16;
+      lower = hash & 0xFFFF;
+    }
+    // Pairs of one group share a shift.
+    FASTCLIP_BOTH std::uint32_t group() const { return lower >> (16 - kShiftBits); }
+    FASTCLIP_BOTH std::uint32_t slot(std::uint32_t shift) const {
+      return (upper + shift * 0x9E37u) & ((1u << kPairBits) - 1);
+    }
+  };
+
+  // The token that two adjacent ones make; kNone if they do not merge.
+  FASTCLIP_BOTH std::uint16_t merge(std::uint16_t left, std::uint16_t right) const {
+    const PairHash hash(left, right);
+    const std::uint32_t found = pairs[hash.slot(shifts[hash.group()])];
+    return static_cast<std::uint16_t>(found >> 16 == hash.lower ? found : kNone);
+  }
+  // The same for two bytes of a word, the second of which may end it: where encoding begins.
+  FASTCLIP_BOTH std::uint16_t merge_bytes(std::uint8_t left, std::uint8_t right, bool last) const {
+    return byte_pairs[last][left][right];
+  }
+
+  // 15 bits of the hash that choose no slot.
+  FASTCLIP_BOTH static std::uint32_t word_tag(const Key& key) {
+    return static_cast<std::uint32_t>(key.hash() >> 16 & 0x7FFF);
+  }
+  // Looking a word up takes three steps, so that those of several words can overlap: `slot`, then
+  // `candidate`, then `is_token`. Each reads what the one before has prefetched.
+  FASTCLIP_BOTH const std::uint32_t* slot(const Key& key) const {
+    const std::uint32_t* slot = &words[key.hash() >> (64 - kWordBits)];
+    prefetch(slot);
+    return slot;
+  }
+  // The token that the word may be; kNone if it is none, or if a key cannot hold it.
+  FASTCLIP_BOTH std::uint16_t candidate(const Key& key, const std::uint32_t* slot) const {
+    const std::uint32_t tag = word_tag(key);
+    while (*slot != kFree) {
+      if (*slot >> 16 == tag) {
+        const auto id = static_cast<std::uint16_t>(*slot);
+        prefetch(&keys[id]);
+        return id;
+      }
+      if (++slot == words + (std::size_t{1} << kWordBits)) slot = words;
+    }
+    return kNone;
+  }
+  FASTCLIP_BOTH bool is_token(const Key& key, std::uint16_t id) const { return keys[id] == key; }
+  FASTCLIP_BOTH std::uint16_t byte_id(std::uint8_t byte) const { return byte_ids[byte]; }
+};
+
 // The tables of one merge list. Built once, then only read, by any number of threads.
 class Vocabulary {
  public:
@@ -75,85 +152,17 @@ class Vocabulary {
   // CLIP.
   explicit Vocabulary(std::string_view merges);
 
-  static constexpr std::uint16_t kNone = 0xFFFF;
+  static constexpr std::uint16_t kNone = VocabularyTables::kNone;
 
-  // The token that two adjacent ones make; kNone if they do not merge.
-  std::uint16_t merge(std::uint16_t left, std::uint16_t right) const {
-    const PairPlaces places(left, right);
-    const std::uint32_t first = tables_->pairs[places.first],
-                        second = tables_->pairs[places.second];
-    const std::uint32_t found = first >> 16 == places.first_tag     ? first
-                                : second >> 16 == places.second_tag ? second
-                                                                    : kNone;
-    return static_cast<std::uint16_t>(found);
-  }
-
-  // The same for two bytes of a word, the second of which may end it: where encoding begins.
-  std::uint16_t merge_bytes(std::uint8_t left, std::uint8_t right, bool last) const {
-    return tables_->byte_pairs[last][left][right];
-  }
-
-  // Looking a word up takes three steps, so that those of several words can overlap: `slot`, then
-  // `candidate`, then `is_token`. Each reads what the one before has prefetched.
-  const std::uint32_t* slot(const Key& key) const {
-    const std::uint32_t* slot = &tables_->words[key.hash() >> (64 - kWordBits)];
-    prefetch(slot);
-    return slot;
-  }
-  // The token that the word may be; kNone if it is none, or if a key cannot hold it.
-  std::uint16_t candidate(const Key& key, const std::uint32_t* slot) const {
-    const std::uint32_t tag = word_tag(key);
-    while (*slot != kFree) {
-      if (*slot >> 16 == tag) {
-        const auto id = static_cast<std::uint16_t>(*slot);
-        prefetch(&tables_->keys[id]);
-        return id;
-      }
-      if (++slot == std::end(tables_->words)) slot = tables_->words;
-    }
-    return kNone;
-  }
-  bool is_token(const Key& key, std::uint16_t id) const { return tables_->keys[id] == key; }
-
-  std::uint16_t byte_id(std::uint8_t byte) const { return byte_ids_[byte]; }
+  const VocabularyTables& tables() const { return *tables_; }
+  const VocabularyTables* operator->() const { return tables_; }
 
  private:
-  static constexpr int kPairBits = 17, kWordBits = 16;
-
-  // Cuckoo hashing: a pair stands in one of two places. Both hashes are one-to-one, so that a place
-  // and the remaining 15 bits name the pair, and four bytes hold it and its result; the lowest bit
-  // of the tag says which of the two hashes put it there.
-  struct PairPlaces {
-    std::uint32_t first, second, first_tag, second_tag;
-
-    PairPlaces(std::uint16_t left, std::uint16_t right) {
-      const std::uint32_t pair = static_cast<std::uint32_t>(left) << 16 | right;
-      const std::uint32_t a = pair * 0x9E3779B1u, b = (pair ^ pair >> 15) * 0x85EBCA77u;
-      constexpr int kRest = 32 - kPairBits;
-      first = a >> kRest;
-      second = b >> kRest;
-      first_tag = (a & ((1u << kRest) - 1)) << 1;
-      second_tag = (b & ((1u << kRest) - 1)) << 1 | 1;
-    }
-  };
   void add_pairs(const std::vector<std::uint32_t>& pairs);
-  static constexpr std::uint32_t kFree = ~0u;
-  // 15 bits of the hash that choose no slot.
-  static std::uint32_t word_tag(const Key& key) {
-    return static_cast<std::uint32_t>(key.hash() >> 16 & 0x7FFF);
-  }
   void add_word(const Key& key, std::uint16_t id);
 
-  // Together they fill most of one large page.
-  struct Tables {
-    std::uint32_t words[std::size_t{1} << kWordBits];  // tag << 16 | id, no tag twice in one search
-    std::uint32_t pairs[std::size_t{1} << kPairBits];  // tag << 16 | id
-    std::uint16_t byte_pairs[2][256][256];             // inside a word, at its end
-    Key keys[kVocabularySize];  // by id; early merges are frequent words, and lie together
-  };
-  LargeVector<Tables> memory_;
-  Tables* const tables_;
-  std::uint16_t byte_ids_[256];
+  LargeVector<VocabularyTables> memory_;
+  VocabularyTables* const tables_;
 };
 
 }  // namespace fastclip
