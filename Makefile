@@ -31,7 +31,7 @@ $(VENV)/.torch: Makefile
 	$(PIP) $(TORCH)
 	@touch $@
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/tables/*.inc)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.inl csrc/tables/*.inc)
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo]"
@@ -65,7 +65,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/tokenizer/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/tokenizer/*.cpp
 
 dist: $(VENV)/.dev
 	rm -rf dist

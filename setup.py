@@ -1,16 +1,23 @@
 """Native modules only; everything else about the package is in pyproject.toml.
 
 FASTCLIP_NATIVE says what becomes of the C++ tokenizer: "auto" (the default) leaves it out with a
-warning where it cannot be compiled, "1" makes that an error, "0" does not try.
+warning where it cannot be compiled, "1" makes that an error, "0" does not try. FASTCLIP_CUDA says
+the same of the CUDA tokenizer, which "auto" tries only where there is an nvcc; FASTCLIP_CUDA_ARCHS
+lists the architectures to compile it for ("80,90,100").
 
 This file must never import torch: a build environment has none.
 """
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
 SOURCES = (
     "unicode",
@@ -23,17 +30,27 @@ SOURCES = (
     "batch",
     "bindings",
 )
+CUDA_SOURCES = ("unicode", "vocabulary", "cuda_bindings")
+CUDA_KERNELS = "csrc/bpe_cuda.cu"
+CUDA_ARCHS = "80,90,100"
+HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))]
 
 
-def native_tokenizer(wanted: str) -> list[Pybind11Extension]:
-    if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"FASTCLIP_NATIVE is 'auto', '0' or '1', not {wanted!r}")
+def setting(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} is 'auto', '0' or '1', not {value!r}")
+    return value
+
+
+def native_tokenizer() -> list[Pybind11Extension]:
+    wanted = setting("FASTCLIP_NATIVE")
     if wanted == "0":
         return []
     extension = Pybind11Extension(
         "fastclip.tokenizer._native",
         [f"csrc/{name}.cpp" for name in SOURCES],
-        depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))],
+        depends=HEADERS,
         cxx_std=17,
         extra_compile_args=["-O3", "-pthread"],
         extra_link_args=["-pthread"],
@@ -42,8 +59,73 @@ def native_tokenizer(wanted: str) -> list[Pybind11Extension]:
     return [extension]
 
 
+def cuda_tokenizer() -> list[Pybind11Extension]:
+    wanted = setting("FASTCLIP_CUDA")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit("FASTCLIP_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")
+        return []
+    extension = Pybind11Extension(
+        "fastclip.tokenizer._cuda",
+        [f"csrc/{name}.cpp" for name in CUDA_SOURCES],
+        depends=[*HEADERS, CUDA_KERNELS],
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+    )
+    extension.optional = wanted == "auto"
+    extension.nvcc = nvcc
+    return [extension]
+
+
+def find_nvcc() -> str | None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            nvcc = Path(home, "bin", "nvcc")
+            if nvcc.is_file():
+                return str(nvcc)
+    return shutil.which("nvcc")
+
+
+class build_ext(pybind11_build_ext):  # noqa: N801 (the name that setuptools knows)
+    """Adds what nvcc compiles to an extension that names one."""
+
+    def build_extension(self, ext) -> None:
+        if nvcc := getattr(ext, "nvcc", None):
+            compiled = Path(self.build_temp, "bpe_cuda.o")
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            self.call([nvcc, *flags, *targets(nvcc), "-c", CUDA_KERNELS, "-o", str(compiled)])
+            ext.extra_objects.append(str(compiled))
+            ext.library_dirs += libraries(nvcc)
+        super().build_extension(ext)
+
+    def call(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=2)
+        if subprocess.run(command, check=False).returncode:
+            raise CompileError(f"{command[0]} cannot compile {CUDA_KERNELS}")
+
+
+def targets(nvcc: str) -> list[str]:
+    """Machine code for each architecture that this nvcc knows, and PTX for later ones."""
+    asked = [nvcc, "--list-gpu-code"]
+    known = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    archs = os.environ.get("FASTCLIP_CUDA_ARCHS", CUDA_ARCHS).split(",")
+    archs = [arch for arch in archs if f"sm_{arch}" in known]
+    if not archs:
+        raise CompileError(f"{nvcc} knows none of FASTCLIP_CUDA_ARCHS: {' '.join(known)}")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def libraries(nvcc: str) -> list[str]:
+    """Where the toolkit's libraries lie: asked of nvcc, which may be a wrapper somewhere else."""
+    asked = [nvcc, "-dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stderr
+    line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
+    return [str(Path(folder).resolve()) for folder in re.findall(r'"-L([^"]+)"', line)]
+
+
 ParallelCompile("FASTCLIP_BUILD_JOBS", default=0).install()
-setup(
-    ext_modules=native_tokenizer(os.environ.get("FASTCLIP_NATIVE", "auto")),
-    cmdclass={"build_ext": build_ext},
-)
+setup(ext_modules=[*native_tokenizer(), *cuda_tokenizer()], cmdclass={"build_ext": build_ext})

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=record.RESULTS / "tokenizer.csv")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the CSV file")
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--dirty", action="store_true")
     arguments = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
     if "gigatoken" in arguments.providers:
         train_byte_level(arguments.corpora)
     stamp = record.stamp(arguments.commit, arguments.dirty, torch.device("cpu"))
-    file = record.Record(arguments.results, COLUMNS, KEY)
+    file = record.Record(arguments.out / "tokenizer.csv", COLUMNS, KEY)
     torch.set_num_threads(1)
     costs = {name: cost(PROVIDERS[name]) for name in arguments.providers}
     for name in arguments.only:

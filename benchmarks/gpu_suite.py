@@ -69,12 +69,28 @@ PARTS = (
     Part("triton_tests", ((*_CHECK,),), 120, stamped=True),
     Part(
         "gpu_tests",
-        ((*_PYTEST, "-m", "gpu", "tests/kernels", "tests/losses", "tests/benchmarks"),),
+        (
+            (
+                *_PYTEST,
+                "-m",
+                "gpu",
+                "tests/kernels",
+                "tests/losses",
+                "tests/benchmarks",
+                "tests/tokenizer",
+            ),
+        ),
         60,
     ),
-    Part("contrastive", ((*_bench("contrastive"), "--seconds", "0.5"),), 270, stamped=True),
-    Part("sigmoid", ((*_bench("sigmoid"), "--seconds", "0.5"),), 80, stamped=True),
+    Part("contrastive", ((*_bench("contrastive"), "--seconds", "0.5"),), 240, stamped=True),
+    Part("sigmoid", ((*_bench("sigmoid"), "--seconds", "0.5"),), 70, stamped=True),
     Part("similarity", ((*_bench("similarity"), "--seconds", "0.5"),), 70, stamped=True),
+    Part(
+        "tokenizer",
+        ((*_bench("tokenizer_cuda"), "--only", "web", "--batches", "4096", "1048576"),),
+        40,
+        stamped=True,
+    ),
     Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
     *(
         Part(

@@ -6,12 +6,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "batch.h"
+#include "utf8.h"
 
 namespace py = pybind11;
 
@@ -98,6 +100,51 @@ class Texts {
     return texts;
   }
 
+  // Some of them, in the order asked for.
+  std::unique_ptr<Texts> select(const std::vector<std::size_t>& indices) const {
+    auto chosen = std::make_unique<Texts>();
+    if (owner_) {
+      py::tuple owner(indices.size());
+      for (std::size_t i = 0; i < indices.size(); ++i) owner[i] = owner_[py::int_(indices[i])];
+      chosen->owner_ = std::move(owner);
+    }
+    for (const std::size_t index : indices) chosen->views_.push_back(views_.at(index));
+    return chosen;
+  }
+
+  // What `write_utf8` writes, in bytes.
+  std::size_t utf8_size() const {
+    std::size_t size = 0;
+    for (const TextView& view : views_) {
+      if (is_bytes(view)) {
+        size += view.length;
+      } else {
+        each_code_point(
+            view, [&size](std::uint32_t c) { size += static_cast<std::size_t>(utf8_length(c)); });
+      }
+    }
+    return size;
+  }
+  // All texts in one piece, and where each begins: offsets[size() + 1]. Lone surrogates, and bytes
+  // that are no UTF-8, stay what they are.
+  void write_utf8(std::uintptr_t data, std::uintptr_t offsets) const {
+    const py::gil_scoped_release released;
+    auto* const begin = reinterpret_cast<std::uint8_t*>(data);
+    auto* const starts = reinterpret_cast<std::int32_t*>(offsets);
+    std::uint8_t* to = begin;
+    for (std::size_t i = 0; i < views_.size(); ++i) {
+      starts[i] = static_cast<std::int32_t>(to - begin);
+      const TextView& view = views_[i];
+      if (is_bytes(view)) {
+        if (view.length != 0) std::memcpy(to, view.data, view.length);
+        to += view.length;
+      } else {
+        each_code_point(view, [&to](std::uint32_t c) { to = put_utf8(to, c); });
+      }
+    }
+    starts[views_.size()] = static_cast<std::int32_t>(to - begin);
+  }
+
   std::size_t size() const { return views_.size(); }
   const TextView* views() const { return views_.data(); }
 
@@ -121,6 +168,23 @@ class Texts {
                             "] is longer than half a billion characters");
     }
     views_.push_back(view);
+  }
+
+  static bool is_bytes(const TextView& view) {
+    return view.storage == Storage::kAscii || view.storage == Storage::kUtf8;
+  }
+  template <typename Use>
+  static void each_code_point(const TextView& view, Use use) {
+    const auto walk = [&](const auto* units) {
+      for (std::size_t i = 0; i < view.length; ++i) use(std::uint32_t{units[i]});
+    };
+    if (view.storage == Storage::kUcs2) {
+      walk(static_cast<const std::uint16_t*>(view.data));
+    } else if (view.storage == Storage::kUcs4) {
+      walk(static_cast<const std::uint32_t*>(view.data));
+    } else {
+      walk(static_cast<const std::uint8_t*>(view.data));
+    }
   }
 
   py::object owner_;
@@ -254,6 +318,9 @@ PYBIND11_MODULE(_native, module) {
       .def_static("from_offsets_32", &Texts::from_offsets<std::int32_t>)
       .def_static("from_offsets_64", &Texts::from_offsets<std::int64_t>)
       .def_static("from_cells", &Texts::from_cells)
+      .def("select", &Texts::select)
+      .def("utf8_size", &Texts::utf8_size)
+      .def("write_utf8", &Texts::write_utf8, py::arg("data"), py::arg("offsets"))
       .def("__len__", &Texts::size)
       .def("as_str", &Texts::as_str);
   py::class_<Native>(module, "Native")

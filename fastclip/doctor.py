@@ -145,6 +145,7 @@ def _parts() -> tuple[Finding, ...]:
             ("torch AdamW", "the fused form is for CUDA devices"),
         ),
         _tokenizer(),
+        _cuda_tokenizer(),
         Finding("image decoding", "Pillow, threads", "DALI is not used yet"),
         _npm(),
         _one_of_two(
@@ -182,6 +183,16 @@ def _tokenizer() -> Finding:
     ]
     note = f"{NativeBackend('openai').instructions}; exact"
     return Finding("tokenizer", "native", "; ".join([note, *others]))
+
+
+def _cuda_tokenizer() -> Finding:
+    try:
+        from fastclip.tokenizer import _cuda
+    except ImportError:
+        return Finding("CUDA tokenizer", "not built", "there was no nvcc; the host tokenizes")
+    devices = _cuda.device_count()
+    note = f"{devices} CUDA devices" if devices else "there is no CUDA device"
+    return Finding("CUDA tokenizer", "built" if devices else "built, not usable", note)
 
 
 def _npm() -> Finding:

@@ -18,7 +18,13 @@ import torch
 
 from fastclip.tokenizer.backends import BackendName, choose
 from fastclip.tokenizer.reduction import ReductionMask, check_reduction, reduce_batch
-from fastclip.tokenizer.texts import TextInput, as_destination, as_sequence, decoded
+from fastclip.tokenizer.texts import (
+    TextInput,
+    as_destination,
+    as_sequence,
+    check_context_length,
+    decoded,
+)
 from fastclip.tokenizer.vocabulary import (
     EOT,
     SOT,
@@ -92,7 +98,7 @@ class Tokenizer:
         strict: bool = False,
         backend: Literal["auto", "native", "python"] = "auto",
     ) -> None:
-        _check_context_length(context_length)
+        check_context_length(context_length)
         check_dialect(dialect)
         if clean not in ("lower", "whitespace", "canonicalize"):
             raise ValueError(f"clean is 'lower', 'whitespace' or 'canonicalize', not {clean!r}")
@@ -175,7 +181,7 @@ class Tokenizer:
         if context_length is None:
             context_length = self.context_length
         else:
-            _check_context_length(context_length)
+            check_context_length(context_length)
         rows = self._rows(texts, context_length, torch.int64, out)[0]
         return rows if out is None else out
 
@@ -206,13 +212,3 @@ class Tokenizer:
 
 def _make(settings: dict[str, Any]) -> Tokenizer:
     return Tokenizer(**settings)
-
-
-def _check_context_length(context_length: int) -> None:
-    if isinstance(context_length, bool) or not isinstance(context_length, int):
-        raise TypeError(f"context_length is an int, not {type(context_length).__name__}")
-    if context_length < 3:
-        raise ValueError(
-            f"context_length is {context_length}; a row holds SOT, at least one token, and EOT, "
-            "so it is at least 3"
-        )

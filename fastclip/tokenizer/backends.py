@@ -153,8 +153,14 @@ class NativeBackend:
         return as_native(texts)
 
     def fill(
-        self, batch: NativeTexts, rows: torch.Tensor, lengths: torch.Tensor, truncate: bool
+        self,
+        batch: NativeTexts,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
+        truncate: bool,
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        """`numbers`: what errors call the texts, if `batch` is a part of them."""
         context_length = rows.shape[1]
         problem = self._native.rows(
             batch.texts,
@@ -168,9 +174,10 @@ class NativeBackend:
         )
         if problem is not None:
             index, kind, detail = problem
+            number = index if numbers is None else numbers[index]
             if kind == "utf-8":
-                raise not_utf8(index, detail)
-            raise too_long(index, batch.texts.as_str(index), detail, context_length)
+                raise not_utf8(number, detail)
+            raise too_long(number, batch.texts.as_str(index), detail, context_length)
 
     def pack(self, rows: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
         from fastclip.tokenizer import _native

@@ -18,6 +18,17 @@ ID_DTYPES = (torch.int32, torch.int64, torch.uint16)
 _SHOWN_CHARACTERS = 60  # of an offending text, in an error message
 
 
+def check_context_length(context_length: int) -> None:
+    """Raises TypeError for anything but an int, ValueError for one below 3."""
+    if isinstance(context_length, bool) or not isinstance(context_length, int):
+        raise TypeError(f"context_length is an int, not {type(context_length).__name__}")
+    if context_length < 3:
+        raise ValueError(
+            f"context_length is {context_length}; a row holds SOT, at least one token, and EOT, "
+            "so it is at least 3"
+        )
+
+
 def as_sequence(texts: TextInput) -> Sequence[str | bytes]:
     """The texts one by one. Raises TypeError for anything but texts, ValueError for a null."""
     if isinstance(texts, str):
@@ -44,6 +55,10 @@ class NativeTexts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def select(self, indices: Sequence[int]) -> NativeTexts:
+        """Some of the texts, in the order asked for."""
+        return NativeTexts(self.texts.select(indices), self._owner)
 
 
 def as_native(texts: TextInput) -> NativeTexts:

@@ -4,6 +4,7 @@
 //
 // Checks what can be checked without an oracle: the scans agree, rows are framed, results do not
 // depend on the batch a text is in. Exits with 1 on the first difference.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "warp_row.h"
 
 using namespace fastclip;
 
@@ -124,6 +126,26 @@ Sample make_sample(Random& random) {
   return sample;
 }
 
+// The GPU's program, a text at a time: what it does not refuse has the host's ids.
+int emulate_warps(const Vocabulary& vocabulary, const std::vector<TextView>& views,
+                  const std::vector<std::int32_t>& expected,
+                  const std::vector<std::int32_t>& lengths, std::size_t context_length) {
+  const HostWarp warp;
+  const WarpTables tables{&vocabulary.tables(), unicode_tables(15), kRefusedProperties};
+  std::vector<std::int32_t> row(context_length);
+  for (std::size_t i = 0; i < views.size(); ++i) {
+    if (views[i].storage != Storage::kAscii && views[i].storage != Storage::kUtf8) continue;
+    const auto space = std::make_unique<WarpSpace>();
+    WarpRow<HostWarp> program(warp, *space, tables, static_cast<const std::uint8_t*>(views[i].data),
+                              static_cast<int>(views[i].length));
+    const int length = program.encode(row.data(), static_cast<int>(context_length), true);
+    if (length == 0) continue;
+    if (length != lengths[i]) return 1;
+    if (!std::equal(row.begin(), row.end(), expected.data() + i * context_length)) return 1;
+  }
+  return 0;
+}
+
 int fail(const char* what, std::size_t index) {
   std::fprintf(stderr, "%s at text %zu\n", what, index);
   return 1;
@@ -160,6 +182,10 @@ int main(int argc, char** argv) {
       const std::int32_t* row = expected.data() + i * kLength;
       if (lengths[i] == 0) continue;  // not written
       if (row[0] != kStartOfText || row[lengths[i] - 1] != kEndOfText) return fail("no frame", i);
+    }
+    if (mode == CleanMode::kLower &&
+        emulate_warps(*vocabulary, views, expected, lengths, kLength) != 0) {
+      return fail("a warp gives other ids", 0);
     }
     // Several callers at once, each with its own rows; the pool serves one of them.
     std::vector<int> results(3);
