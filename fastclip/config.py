@@ -19,6 +19,7 @@ from typing import Any, Literal
 from fastclip.data.loader import DataConfig
 from fastclip.engine_config import EngineConfig
 from fastclip.eval.suite import EvalConfig
+from fastclip.models.attention import AttentionConfig
 from fastclip.models.config import ClipConfig
 from fastclip.models.presets import PRESETS, preset
 from fastclip.optim import OptimConfig
@@ -68,6 +69,9 @@ class RunConfig:
     activation_checkpointing_text: bool = False
     """Recompute the text tower's blocks in backward to save memory."""
 
+    patch_dropout: float = 0.0
+    """Share of an image's patches left out in training (FLIP, arXiv 2212.00794); ViTs only."""
+
     log_every_steps: int = 10
     """Steps between log lines; metrics stay on the device in between."""
 
@@ -105,6 +109,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} is positive or none, not {value}")
         if self.steps is None and self.epochs <= 0:
             raise ValueError(f"run.epochs is positive, not {self.epochs}")
+        if not 0.0 <= self.patch_dropout < 1.0:
+            raise ValueError(f"run.patch_dropout is in [0, 1), not {self.patch_dropout}")
         if self.freeze_visual and self.freeze_text:
             raise ValueError("run.freeze_visual and run.freeze_text leave nothing to train")
 
@@ -115,6 +121,7 @@ class TrainConfig:
 
     model: ClipConfig
     data: DataConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -27,6 +27,7 @@ from torch import Tensor
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig, deepspeed_settings
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.tokenizer.packing import PackedTokens
 
 logger = logging.getLogger("fastclip")
 
@@ -127,7 +128,7 @@ class Engine:
         """The torch optimiser inside; its `param_groups` carry the learning rates."""
         return self._engine.basic_optimizer
 
-    def forward(self, images: Tensor | None, tokens: Tensor | None) -> ClipOutput:
+    def forward(self, images: Tensor | None, tokens: Tensor | PackedTokens | None) -> ClipOutput:
         """Run the towers; see `Clip.forward` for shapes."""
         return self._engine(images=images, tokens=tokens)
 

@@ -8,9 +8,12 @@ computes two products for each one of forward. Recomputation is not counted as u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig, ViTConfig
+from fastclip.models.vit import kept_patches
 
 # Dense peaks in TFLOP/s from the vendors' data sheets: (name contains, bf16 and fp16, tf32, fp32).
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
@@ -45,7 +48,7 @@ def peak_flops_by_name(name: str, precision: str) -> float | None:
 
 
 def training_flops_per_sample(config: ClipConfig, text_length: float | None = None) -> float:
-    """FLOP of forward and backward for one pair, both towers.
+    """FLOP of forward and backward for one pair, both towers, as they are counted everywhere.
 
     Args:
         text_length: tokens a text is computed with; None is the whole context.
@@ -53,18 +56,44 @@ def training_flops_per_sample(config: ClipConfig, text_length: float | None = No
     return 3 * (vision_flops(config) + text_flops(config, text_length))
 
 
-def vision_flops(config: ClipConfig) -> float:
-    """Forward FLOP of one image."""
-    if isinstance(config.vision, ViTConfig):
-        return _vit_flops(config.vision) + _projection(config, config.vision.width)
-    return _resnet_flops(config.vision, config.embed_dim)
+def executed_flops_per_sample(
+    config: ClipConfig,
+    text_lengths: Sequence[int] | None = None,
+    *,
+    last_row: bool = True,
+    patch_dropout: float = 0.0,
+) -> float:
+    """FLOP of forward and backward that a pair costs with what need not be computed left out.
+
+    Args:
+        text_lengths: tokens that each of some texts is computed with; None is the whole context.
+        last_row: whether the last blocks compute the row alone that is read out.
+        patch_dropout: share of the patches that are dropped.
+    """
+    lengths = text_lengths or [config.text.context_length]
+    texts = sum(text_flops(config, length, last_row=last_row) for length in lengths)
+    image = vision_flops(config, last_row=last_row, patch_dropout=patch_dropout)
+    return 3 * (image + texts / len(lengths))
 
 
-def text_flops(config: ClipConfig, length: float | None = None) -> float:
+def vision_flops(
+    config: ClipConfig, *, last_row: bool = False, patch_dropout: float = 0.0
+) -> float:
+    """Forward FLOP of one image; a ResNet has no `last_row` and no patches."""
+    if isinstance(config.vision, ResNetConfig):
+        return _resnet_flops(config.vision, config.embed_dim)
+    vision = config.vision
+    patches = vision.grid_size**2
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    tokens = kept_patches(patches, patch_dropout) + 1
+    return embedding + _transformer(vision, tokens, last_row) + _projection(config, vision.width)
+
+
+def text_flops(config: ClipConfig, length: float | None = None, *, last_row: bool = False) -> float:
     """Forward FLOP of one text of `length` tokens (default: the whole context)."""
     text = config.text
     tokens = text.context_length if length is None else length
-    return _transformer(text, tokens) + _projection(config, text.width)
+    return _transformer(text, tokens, last_row) + _projection(config, text.width)
 
 
 def loss_flops(global_batch_size: int, embed_dim: int) -> float:
@@ -72,23 +101,27 @@ def loss_flops(global_batch_size: int, embed_dim: int) -> float:
     return 8.0 * global_batch_size**2 * embed_dim
 
 
-def _transformer(config: ViTConfig | TextConfig, tokens: float) -> float:
+def _transformer(config: ViTConfig | TextConfig, tokens: float, last_row: bool) -> float:
+    whole = _block(config, tokens, tokens)
+    return (
+        config.layers * whole
+        if not last_row
+        else ((config.layers - 1) * whole + _block(config, 1, tokens))
+    )
+
+
+def _block(config: ViTConfig | TextConfig, rows: float, tokens: float) -> float:
+    """A block of which `rows` come out and that sees `tokens`."""
     width = config.width
-    linear = 2 * tokens * (4 * width**2 + 2 * width * config.mlp_width)
-    attention = 2 * 2 * tokens**2 * width
-    return config.layers * (linear + attention)
+    linear = 2 * rows * (2 * width**2 + 2 * width * config.mlp_width) + 2 * tokens * 2 * width**2
+    attention = 2 * 2 * rows * tokens * width
+    return linear + attention
 
 
 def _projection(config: ClipConfig, width: int) -> float:
     if config.projection == "mlp":
         return 2 * (width**2 + width * config.embed_dim)
     return 2 * width * config.embed_dim
-
-
-def _vit_flops(config: ViTConfig) -> float:
-    patches = config.grid_size**2
-    embedding = 2 * patches * 3 * config.patch_size**2 * config.width
-    return embedding + _transformer(config, patches + 1)
 
 
 def _resnet_flops(config: ResNetConfig, embed_dim: int) -> float:

@@ -17,13 +17,15 @@ import torch
 
 from fastclip.checkpoint import ResumePoint, find_resume_point, load_checkpoint, save_checkpoint
 from fastclip.config import TrainConfig, save_config, to_dict
+from fastclip.data.batch import Batch
 from fastclip.data.loader import TrainLoader
 from fastclip.distributed.collectives import any_rank, barrier
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.engine import Engine
 from fastclip.eval.suite import format_table, run_suite
-from fastclip.flops import training_flops_per_sample
+from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
+from fastclip.models.attention import choose
 from fastclip.models.clip import Clip
 from fastclip.models.interop import init_from
 from fastclip.models.layers import convert_sync_batch_norm
@@ -93,6 +95,7 @@ class _Run:
             rank=runtime.rank,
             world_size=runtime.world_size,
             seed=run.seed,
+            micro_batches=run.micro_batches,
         )
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
 
@@ -118,6 +121,7 @@ class _Run:
             micro_batches=run.micro_batches,
             load_universal=point is not None and point.universal,
         )
+        torch.manual_seed(run.seed + 1 + runtime.rank)  # ranks drop different patches
         self.train_step = TrainStep(self.engine, config.loss, micro_batches=run.micro_batches)
         self.step = 0
         if point is not None:
@@ -163,9 +167,7 @@ class _Run:
             )
             result = self.train_step(batch)
             self.step += 1
-            self.throughput.step(
-                training_flops_per_sample(self.config.model, batch.tokens.shape[1])
-            )
+            self.throughput.step(self._flops_per_sample(batch))
             last = self.step == self.total_steps
             on_log_step = last or self.step % run.log_every_steps == 0
             if on_log_step:
@@ -179,6 +181,14 @@ class _Run:
                 self._save()
         return self._end(finished=True, metrics=metrics)
 
+    def _flops_per_sample(self, batch: Batch) -> float:
+        return executed_flops_per_sample(
+            self.config.model,
+            batch.computed_lengths(),
+            last_row=self.config.attention.last_row,
+            patch_dropout=self.config.run.patch_dropout,
+        )
+
     def _describe(self) -> str:
         config, runtime = self.config, self.runtime
         # ZeRO-3 leaves empty parameters here and remembers how many numbers they stand for.
@@ -187,8 +197,17 @@ class _Run:
             f"{parameters / 1e6:.1f} M parameters, {self.loader.samples_per_epoch:,} pairs, "
             f"{self.total_steps:,} steps of {config.run.global_batch_size:,} pairs on "
             f"{runtime.world_size} rank(s) of {runtime.device.type}, {config.engine.precision}, "
-            f"ZeRO {config.engine.zero_stage}"
+            f"ZeRO {config.engine.zero_stage}, {config.data.text} texts, attention by "
+            f"{self._attention()}"
         )
+
+    def _attention(self) -> str:
+        model = self.engine.module
+        dtype = model.autocast_dtype or torch.float32
+        like = torch.empty(0, dtype=dtype, device=self.runtime.device)
+        packed = self.config.data.text == "packed"
+        impls = {choose(self.config.attention.impl, like, packed=p) for p in (False, packed)}
+        return " and ".join(sorted(impls))
 
     def _log_step(self, result: StepResult, learning_rate: float) -> None:
         values: dict[str, Any] = {
@@ -260,6 +279,8 @@ def build_model(config: TrainConfig) -> Clip:
     model.set_activation_checkpointing(
         vision=run.activation_checkpointing_visual, text=run.activation_checkpointing_text
     )
+    model.set_attention(config.attention)
+    model.set_patch_dropout(run.patch_dropout)
     model.freeze(vision=run.freeze_visual, text=run.freeze_text)
     return model
 

@@ -24,6 +24,7 @@ from fastclip.losses import (
 )
 from fastclip.models.clip import Clip, ClipOutput
 from fastclip.ops.dispatch import Impl
+from fastclip.tokenizer.packing import PackedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +167,25 @@ def check_micro_batching(model: Clip, micro_batches: int) -> None:
         )
 
 
-def split_batch(batch: Batch, micro_batches: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut images and tokens into equal micro-batches."""
+def split_batch(batch: Batch, micro_batches: int) -> list[tuple[Tensor, Tensor | PackedTokens]]:
+    """Cut images and tokens into equal micro-batches.
+
+    Raises:
+        ValueError: that is not possible, or the texts were packed for another number of them.
+    """
     size = batch.images.shape[0]
     if size % micro_batches:
         raise ValueError(f"a batch of {size} pairs cannot be cut into {micro_batches} equal parts")
-    part = size // micro_batches
-    return list(zip(batch.images.split(part), batch.tokens.split(part), strict=True))
+    images = batch.images.tensor_split(micro_batches)
+    if batch.packed is None:
+        return list(zip(images, batch.tokens.tensor_split(micro_batches), strict=True))
+    if [len(texts) for texts in batch.packed] != [len(part) for part in images]:
+        raise ValueError(
+            f"the batch's texts are packed in parts of {[len(part) for part in batch.packed]}, and "
+            f"the step has {micro_batches} micro-batches of {size // micro_batches}: give the "
+            "loader the same micro_batches"
+        )
+    return list(zip(images, batch.packed, strict=True))
 
 
 def _surrogate(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from torch import nn
 
 from fastclip.data.batch import Batch
 from fastclip.engine import Engine
 from fastclip.engine_config import EngineConfig
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
+from fastclip.tokenizer.packing import PackedTokens
 from fastclip.train_step import LossConfig, TrainStep, check_micro_batching, split_batch
 from ranks import run_ranks
 
@@ -49,25 +51,22 @@ def test_uneven_parts_are_refused():
         split_batch(_batch(5), 2)
 
 
-class _Noisy(Clip):
-    """A model whose forward draws random numbers, as patch dropout does."""
-
-    def forward(self, images=None, tokens=None, *, normalize=True):
-        output = super().forward(images, tokens, normalize=False)
-        assert output.image_features is not None
-        assert output.text_features is not None
-        noisy = nn.functional.dropout(output.image_features, 0.5)
-        unit = nn.functional.normalize(noisy, dim=-1)
-        text = nn.functional.normalize(output.text_features, dim=-1)
-        return output._replace(image_features=unit, text_features=text)
+def test_texts_packed_for_other_micro_batches_are_refused():
+    batch = _batch(6)
+    packed = tuple(PackedTokens.pack(rows) for rows in batch.tokens.split(3))
+    batch = dataclasses.replace(batch, packed=packed)
+    assert [len(texts) for _, texts in split_batch(batch, 2)] == [3, 3]
+    with pytest.raises(ValueError, match=r"parts of \[3, 3\].* 3 micro-batches of 2"):
+        split_batch(batch, 3)
 
 
 def _replayed(runtime):
-    """Gradient of the image projection with dropout: of the step, and of one whole graph."""
+    """Gradients with patch dropout: of the step, and of one whole graph."""
     gradients = []
     for whole in (False, True):
         torch.manual_seed(0)
-        model = _Noisy(preset("ViT-Nano-8")).train()
+        model = Clip(preset("ViT-Nano-8")).train()
+        model.set_patch_dropout(0.5)
         batch = _batch(8)
         torch.manual_seed(7)
         if whole:

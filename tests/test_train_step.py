@@ -20,9 +20,11 @@ from torch import Tensor
 from fastclip.data.batch import Batch
 from fastclip.engine import Engine
 from fastclip.engine_config import EngineConfig
+from fastclip.models.attention import AttentionConfig
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from fastclip.models.layers import convert_sync_batch_norm
+from fastclip.tokenizer.packing import PackedTokens
 from fastclip.train_step import LossConfig, TrainStep
 from ranks import run_ranks
 
@@ -53,6 +55,7 @@ class Case:
     several_positives: bool = False
     temperature: float | None = None
     freeze_visual: bool = False
+    packed: bool = False
 
 
 def _cases(world_size: int) -> list[Case]:
@@ -64,11 +67,12 @@ def _cases(world_size: int) -> list[Case]:
     twelve_unequal = {1: (12,), 2: (5, 7), 3: (2, 4, 6), 4: (1, 3, 3, 5)}[world_size]
     siglip = dataclasses.replace(VIT, init_logit_bias=-3.0)
     return [
-        Case("ViT, 3 micro-batches, several positives", VIT, equal, LossConfig(), 3, True),
+        Case("ViT, packed, 3 micro-batches, several positives", VIT, equal, LossConfig(), 3, True,
+             packed=True),
         Case("ViT, label smoothing, at scale 100", VIT, equal, LossConfig(label_smoothing=0.1),
              temperature=math.log(100.0)),
         Case("ViT, above the bound of the scale", VIT, equal, temperature=4.7),
-        Case("ViT, unequal ranks", VIT, unequal),
+        Case("ViT, packed, unequal ranks", VIT, unequal, packed=True),
         Case("ViT, SigLIP, 2 micro-batches", siglip, equal, LossConfig(kind="siglip"), 2),
         Case("ViT, locked image tower", VIT, equal, freeze_visual=True),
         Case("ResNet, SyncBatchNorm", RESNET, twelve),
@@ -100,6 +104,8 @@ def _batch(case: Case, rows: slice) -> Batch:
         tokens[row, length:] = 0
     ids = torch.arange(total) // 2 if case.several_positives else None
     names = tuple(str(i) for i in range(total))[rows]
+    part = len(names) // case.micro_batches
+    packed = tuple(PackedTokens.pack(few) for few in tokens[rows].split(part))
     return Batch(
         images=images[rows],
         tokens=tokens[rows],
@@ -108,6 +114,7 @@ def _batch(case: Case, rows: slice) -> Batch:
         keys=names,
         captions=names,
         metadata=({},) * len(names),
+        packed=packed if case.packed else None,
     )
 
 
@@ -128,6 +135,7 @@ def _naive_loss(case: Case, image: Tensor, text: Tensor, scale: Tensor, bias: Te
 
 def _reference(case: Case) -> tuple[float, dict[str, Tensor]]:
     model = _model(case).train().double()
+    model.set_attention(AttentionConfig(last_row=False))
     batch = _batch(case, slice(None))
     output = model(batch.images, batch.tokens)
     loss = _naive_loss(

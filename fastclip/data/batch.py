@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastclip.tokenizer.packing import PackedTokens
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -18,7 +20,8 @@ class Batch:
     """uint8 [B, 3, R, R], RGB; the model normalises them on its device."""
 
     tokens: Tensor
-    """int32 [B, L], zero-padded; L may be less than the context length."""
+    """int32 [B, L], zero-padded; L may be less than the context length. Where there are packed
+    ones, these rows stay on the host."""
 
     lengths: Tensor
     """int32 [B], tokens of each row with start and end of text."""
@@ -35,18 +38,33 @@ class Batch:
     metadata: tuple[dict[str, Any], ...]
     """The samples' json members; empty where there is none or it was not needed."""
 
+    packed: tuple[PackedTokens, ...] | None = None
+    """The tokens without padding, of each micro-batch in turn."""
+
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def computed_lengths(self) -> list[int]:
+        """Tokens that each text is computed with, padding included; [] without texts."""
+        if self.packed is None:
+            return [self.tokens.shape[1]] * min(len(self), 1)
+        return [length for part in self.packed for length in part.segments.lengths]
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """The batch with images, tokens and ids on `device`."""
-        return dataclasses.replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            lengths=self.lengths.to(device, non_blocking=non_blocking),
-            ids=None if self.ids is None else self.ids.to(device, non_blocking=non_blocking),
+        """The batch with images, ids, and tokens (packed, or else in rows) on `device`."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        batch = dataclasses.replace(
+            self, images=moved(self.images), ids=None if self.ids is None else moved(self.ids)
         )
+        if self.packed is None:
+            return dataclasses.replace(
+                batch, tokens=moved(self.tokens), lengths=moved(self.lengths)
+            )
+        packed = tuple(part.to(device, non_blocking=non_blocking) for part in self.packed)
+        return dataclasses.replace(batch, packed=packed)
 
     def pin(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU overlap with work."""
@@ -56,4 +74,5 @@ class Batch:
             tokens=self.tokens.pin_memory(),
             lengths=self.lengths.pin_memory(),
             ids=None if self.ids is None else self.ids.pin_memory(),
+            packed=None if self.packed is None else tuple(part.pin() for part in self.packed),
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastclip.data.batch import Batch
 from fastclip.data.decode import MAX_PIXELS, BadSampleError, decode, open_image
@@ -25,6 +26,7 @@ from fastclip.data.plan import Plan, mix
 from fastclip.data.reader import BadSamples, Members, caption_id, sentences
 from fastclip.data.transforms import random_crop
 from fastclip.tokenizer import Tokenizer
+from fastclip.tokenizer.packing import PackedTokens
 
 _MOST_REPLACEMENTS = 100
 _FEWEST_SEEN = 200  # before that, a fraction of bad samples says little
@@ -61,8 +63,9 @@ class DataConfig:
     tokenizer: Literal["native", "python"] = "native"
     """The compiled tokenizer, or the Python one: the same ids, about 100 times slower."""
 
-    trim_text: bool = True
-    """Cut token rows after the batch's longest caption; exact for these towers."""
+    text: Literal["packed", "trimmed", "padded"] = "packed"
+    """Captions without padding, padded to the batch's longest one, or to the context length. All
+    give the same features and gradients; packed computes least."""
 
     apply_orientation: bool = False
     """Turn images as their EXIF data says; open_clip and most others do not."""
@@ -85,6 +88,8 @@ class DataConfig:
             raise ValueError("data.caption_key=json: lacks the field's name: json:caption")
         if self.caption_key != "txt" and not self.caption_key.startswith("json:"):
             raise ValueError(f"data.caption_key is txt or json:field, not {self.caption_key!r}")
+        if self.text not in ("packed", "trimmed", "padded"):
+            raise ValueError(f"data.text is packed, trimmed or padded, not {self.text!r}")
         if self.positives not in ("none", "caption", "label"):
             raise ValueError(f"data.positives is none, caption or label, not {self.positives!r}")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -106,6 +111,7 @@ class TrainLoader:
     Args:
         image_size: side of the squares given, in pixels.
         batch_size: pairs per batch of this rank.
+        micro_batches: equal parts that the step computes a batch in; packed texts come in these.
         rank, world_size: which share of each global batch of ``world_size * batch_size`` pairs.
         seed: of order, crops and every other choice.
 
@@ -127,13 +133,18 @@ class TrainLoader:
         rank: int,
         world_size: int,
         seed: int,
+        micro_batches: int = 1,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size={batch_size}, rank={rank} of {world_size} make no batch")
+        if batch_size < 1 or not 0 <= rank < world_size or batch_size % micro_batches:
+            raise ValueError(
+                f"batch_size={batch_size} in {micro_batches} parts, rank={rank} of {world_size} "
+                "make no batch"
+            )
         self.config = config
         self.image_size = image_size
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.micro_batches = micro_batches
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
@@ -255,7 +266,7 @@ class TrainLoader:
             pairs.append(pair)
         captions = [pair.caption for pair in pairs]
         tokens, lengths = self.tokenizer.encode_batch(captions)
-        if self.config.trim_text:
+        if self.config.text == "trimmed":
             longest = int(lengths.max())
             tokens = tokens[:, : min(-(-longest // 8) * 8, tokens.shape[1])].contiguous()
         ids = None
@@ -269,8 +280,15 @@ class TrainLoader:
             keys=tuple(pair.key for pair in pairs),
             captions=tuple(captions),
             metadata=tuple(pair.metadata for pair in pairs),
+            packed=self._packed(tokens),
         )
         return batch.pin() if torch.cuda.is_available() else batch
+
+    def _packed(self, tokens: Tensor) -> tuple[PackedTokens, ...] | None:
+        if self.config.text != "packed":
+            return None
+        part = self.batch_size // self.micro_batches
+        return tuple(PackedTokens.pack(rows) for rows in tokens.split(part))
 
     def _usable(self, epoch: int, number: int) -> _Pair:
         """The sample, or where it cannot be used another one, chosen by the same numbers."""

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
 from fastclip.models.config import ClipConfig, ViTConfig
 from fastclip.models.layers import wide
-from fastclip.models.resnet import ModifiedResNet
+from fastclip.models.resnet import AttentionPool, ModifiedResNet
 from fastclip.models.text import TextTransformer
 from fastclip.models.vit import VisionTransformer
+from fastclip.tokenizer.packing import PackedTokens
 
 
 class ClipOutput(NamedTuple):
@@ -77,7 +79,7 @@ class Clip(nn.Module):
     def forward(
         self,
         images: Tensor | None = None,
-        tokens: Tensor | None = None,
+        tokens: Tensor | PackedTokens | None = None,
         *,
         normalize: bool = True,
     ) -> ClipOutput:
@@ -87,7 +89,7 @@ class Clip(nn.Module):
             images: [B, 3, R, R] with the configuration's R; uint8 as decoded (normalised here, on
                 the device), or floating point and already normalised.
             tokens: int32 or int64 [B, L], L at most the context length. Anything after a row's end
-                of text is ignored, so that L may be the batch's longest text.
+                of text is ignored, so that L may be the batch's longest text. Or packed.
             normalize: scale the features to unit length.
 
         Raises:
@@ -127,8 +129,17 @@ class Clip(nn.Module):
             )
         return images.to(self._pixel_gain.dtype)
 
-    def _checked(self, tokens: Tensor) -> Tensor:
+    def _checked(self, tokens: Tensor | PackedTokens) -> Tensor | PackedTokens:
         text = self.config.text
+        if isinstance(tokens, PackedTokens):
+            longest = max(tokens.segments.lengths, default=0)
+            if longest > text.context_length:
+                raise ValueError(
+                    f"a packed text has {longest} tokens, more than the context length "
+                    f"{text.context_length}; truncate in the tokenizer"
+                )
+            self._check_vocabulary(tokens.ids)
+            return tokens
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"tokens are int32 or int64, not {tokens.dtype}")
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= text.context_length:
@@ -136,15 +147,47 @@ class Clip(nn.Module):
                 f"tokens are [batch, length] with a length from 1 to the context length "
                 f"{text.context_length}, not {list(tokens.shape)}; truncate in the tokenizer"
             )
-        # Elsewhere the check would make the host wait for the device.
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= text.vocab_size:
-                raise ValueError(
-                    f"token ids run from 0 to {text.vocab_size - 1} in this model; the batch holds "
-                    f"{low if low < 0 else high}"
-                )
+        self._check_vocabulary(tokens)
         return tokens
+
+    def _check_vocabulary(self, ids: Tensor) -> None:
+        # Elsewhere the check would make the host wait for the device.
+        if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+            return
+        size = self.config.text.vocab_size
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"token ids run from 0 to {size - 1} in this model; the batch holds "
+                f"{low if low < 0 else high}"
+            )
+
+    def set_attention(self, config: AttentionConfig) -> None:
+        """Choose what computes attention in both towers, and how much of it.
+
+        Raises:
+            ImportError: xformers is asked for and not installed.
+        """
+        if config.impl == "xformers":
+            find_xformers()
+        for module in self.modules():
+            if isinstance(module, SelfAttention | AttentionPool):
+                module.impl = config.impl
+            elif isinstance(module, VisionTransformer | TextTransformer):
+                module.last_row = config.last_row
+
+    def set_patch_dropout(self, share: float) -> None:
+        """Leave out that share of an image's patches in training.
+
+        Raises:
+            ValueError: it is not in [0, 1), or the image tower has no patches.
+        """
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"patch dropout is in [0, 1), not {share}")
+        if isinstance(self.visual, VisionTransformer):
+            self.visual.patch_dropout = share
+        elif share:
+            raise ValueError("patch dropout is for Vision Transformers: a ResNet has no patches")
 
     def set_activation_checkpointing(self, vision: bool, text: bool) -> None:
         """Recompute a tower's blocks in backward: less memory, a third more work, equal gradients.

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastclip.distributed.collectives import all_gather_rows, all_reduce_sum, world_size
-from fastclip.models.attention import SelfAttention
+from fastclip.models.attention import Rows, SelfAttention, pick
 from fastclip.models.config import Activation, Projection
+from fastclip.tokenizer.packing import Segments
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -82,10 +83,37 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.attn.qkv.bias)
         nn.init.zeros_(self.attn.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, width] -> [B, L, width]."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """[B, L, width], or [T, width] with `segments`, to the same.
+
+        With `rows`, only those come out, [B, width]: a last block computes nothing else, since the
+        rest would not be read.
+        """
+        attended = self.attn(self.ln_1(x), segments, rows)
+        x = (x if rows is None else pick(x, rows)) + attended
         return x + self.mlp(self.ln_2(x))
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    *,
+    rows: Rows,
+    segments: Segments | None = None,
+    recompute: bool = False,
+    last_row: bool = True,
+) -> Tensor:
+    """The given `rows` of what `x` is after all blocks: [B, width].
+
+    With `last_row`, the last block computes these alone.
+    """
+    last = len(blocks) - 1
+    for number, block in enumerate(blocks):
+        wanted = rows if number == last and last_row else None
+        x = run_block(block, x, segments, wanted, recompute=recompute)
+    return x if last_row else pick(x, rows)
 
 
 def build_projection(width: int, embed_dim: int, kind: Projection) -> nn.Module:
@@ -107,20 +135,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def run_block(block: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
-    """``block(x)``, storing only `x` for the backward pass when `recompute` is set.
+def run_block(block: nn.Module, x: Tensor, *arguments: Any, recompute: bool) -> Tensor:
+    """``block(x, *arguments)``, storing only these for the backward pass when `recompute` is set.
 
     The gradients are those of the plain run, and so are BatchNorm's running statistics: the second
     forward pass works on copies of them. Under `recompute`, `Tensor.backward` works and
     `torch.autograd.grad` does not.
     """
     if not (recompute and torch.is_grad_enabled() and x.requires_grad):
-        return block(x)
+        return block(x, *arguments)
 
     def run(x: Tensor) -> Tensor:
         second_pass = torch.is_grad_enabled()
         with _spare_running_statistics(block) if second_pass else contextlib.nullcontext():
-            return block(x)
+            return block(x, *arguments)
 
     # torch's other variant recomputes in the middle of a block's backward pass, when ZeRO-3 has
     # already gathered the parameters that the recomputation then releases. The towers draw no

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.attention import attend
+from fastclip.models.attention import AttentionImpl, attend
 from fastclip.models.config import Projection, ResNetConfig
 from fastclip.models.layers import run_block
 
@@ -52,11 +52,16 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One round of multi-head attention whose query is the mean over all positions."""
+    """One round of multi-head attention whose query is the mean over all positions.
+
+    Attributes:
+        impl: see `AttentionConfig`.
+    """
 
     def __init__(self, width: int, heads: int, grid_size: int, output_dim: int) -> None:
         super().__init__()
         self.heads = heads
+        self.impl: AttentionImpl = "auto"
         self.positional_embedding = nn.Parameter(torch.randn(grid_size**2 + 1, width) * width**-0.5)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
@@ -73,7 +78,8 @@ class AttentionPool(nn.Module):
         head_width = width // self.heads
         query = self.query(x[:, :1]).view(batch, 1, self.heads, head_width)
         key, value = self.key_value(x).view(batch, length, 2, self.heads, head_width).unbind(2)
-        return self.out(attend(query, key, value, causal=False).reshape(batch, width))
+        attended = attend(query, key, value, causal=False, impl=self.impl)
+        return self.out(attended.reshape(batch, width))
 
 
 class ModifiedResNet(nn.Module):

@@ -30,6 +30,7 @@ def _loader(
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
+    micro_batches: int = 1,
     **options: Any,
 ) -> TrainLoader:
     return TrainLoader(
@@ -40,6 +41,7 @@ def _loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
+        micro_batches=micro_batches,
     )
 
 
@@ -113,12 +115,14 @@ def test_states_of_other_runs_are_refused(shards: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_batch_holds(shards: Path) -> None:
-    with _loader(shards, positives="label") as loader:
+    with _loader(shards, positives="label", text="trimmed") as loader:
         batch = next(loader)
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (4, 3, 24, 24)
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int32
     assert batch.tokens.shape == (4, 8)  # trimmed to the longest text, in steps of 8
+    assert batch.packed is None
+    assert batch.computed_lengths() == [8]
     assert batch.ids is not None
     for key, caption, about, label in zip(
         batch.keys, batch.captions, batch.metadata, batch.ids.tolist(), strict=True
@@ -132,8 +136,24 @@ def test_what_a_batch_holds(shards: Path) -> None:
     assert torch.equal(batch.lengths, lengths)
 
 
+def test_packed_texts_come_in_micro_batches(shards: Path) -> None:
+    with _loader(shards, micro_batches=2) as loader:
+        batch = next(loader)
+    assert batch.packed is not None
+    assert [len(part) for part in batch.packed] == [2, 2]
+    assert sorted(batch.computed_lengths()) == sorted(batch.lengths.tolist())
+    for part, rows in zip(batch.packed, batch.tokens.split(2), strict=True):
+        starts = part.segments.starts.tolist()
+        for row, place in zip(rows, part.places.tolist(), strict=True):
+            ids = part.ids[starts[place] : starts[place + 1]]
+            assert torch.equal(ids, row[: len(ids)])
+            assert not row[len(ids) :].any()
+    with pytest.raises(ValueError, match="batch_size=4 in 3 parts"):
+        _loader(shards, micro_batches=3)
+
+
 def test_untrimmed_text_and_plain_positives(shards: Path) -> None:
-    with _loader(shards, trim_text=False) as loader:
+    with _loader(shards, text="padded") as loader:
         batch = next(loader)
     assert batch.tokens.shape == (4, 32)
     assert batch.ids is None
