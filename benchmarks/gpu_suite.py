@@ -78,6 +78,8 @@ PARTS = (
                 "tests/losses",
                 "tests/benchmarks",
                 "tests/tokenizer",
+                "tests/models/test_packing.py",
+                "tests/test_step_guard.py",
             ),
         ),
         60,
@@ -90,6 +92,16 @@ PARTS = (
         ((*_bench("tokenizer_cuda"), "--only", "web", "--batches", "4096", "1048576"),),
         40,
         stamped=True,
+    ),
+    *(
+        Part(
+            f"step_{cases}",
+            ((*_bench("step"), "--cases", cases, "--reference-tflop", "2000"),),
+            LONGEST,
+            by_default=False,
+            stamped=True,
+        )
+        for cases in ("small", "dense", "grid", "large_batch", "patch_dropout")
     ),
     Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
     *(

@@ -7,6 +7,7 @@ included, is the row's result; the next one is measured all the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import sys
@@ -38,7 +39,8 @@ class Provider:
     name: str
 
     build: Callable[[AnyCase], Callable[[Any], Any]]
-    """Imports what is needed and returns what is measured: from operands to a result."""
+    """Imports what is needed and returns what is measured: from operands to a result. If that has a
+    method `close`, it is called at the end."""
 
     module: str = "fastclip"
     """Must be importable."""
@@ -119,8 +121,10 @@ def measure(
     if operands is None:
         return {"error": "OOM: the operands alone"}
     cells: dict[str, object] = {}
+    end = contextlib.ExitStack()
     try:
         step = provider.build(case)
+        end.callback(getattr(step, "close", lambda: None))
         result = step(operands)  # compiles
         cells |= errors(result)
         del result
@@ -135,6 +139,7 @@ def measure(
         cells |= zip(("median_ms", "p20_ms", "p80_ms", "runs"), times, strict=True)
     except Exception as error:
         cells["error"] = _one_line(error)
+    end.close()
     torch._dynamo.reset()
     gc.collect()
     return cells

@@ -15,8 +15,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +26,10 @@ from torch import Tensor
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig, deepspeed_settings
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.step_guard import LossScale, StepGuard, StepInfo
 from fastclip.tokenizer.packing import PackedTokens
 
 logger = logging.getLogger("fastclip")
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What one optimiser step did."""
-
-    gradient_norm: float
-    """Global L2 norm of the averaged gradient before clipping; inf if it was not finite."""
-
-    applied: bool
-    """False when the update was skipped because a gradient was not finite."""
-
-
-class LossScale:
-    """Dynamic loss scale for fp16, a plain number that every rank moves in the same way."""
-
-    def __init__(self, initial: float, window: int, enabled: bool) -> None:
-        self.value = initial if enabled else 1.0
-        self.window = window
-        self.enabled = enabled
-        self.good_steps = 0
-
-    def update(self, overflow: bool) -> None:
-        if not self.enabled:
-            return
-        if overflow:
-            self.value = max(self.value / 2.0, 1.0)
-            self.good_steps = 0
-            return
-        self.good_steps += 1
-        if self.good_steps == self.window:
-            self.value *= 2.0
-            self.good_steps = 0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"value": self.value, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        if self.enabled:
-            self.value = float(state["value"])
-            self.good_steps = int(state["good_steps"])
 
 
 class Engine:
@@ -96,10 +55,12 @@ class Engine:
         self.config = config
         self.runtime = runtime
         self.micro_batches = micro_batches
+        # DeepSpeed's sharded optimisers ask the host for the scale, and tell it the norm.
+        where = runtime.device if config.zero_stage == 0 else torch.device("cpu")
         self.loss_scale = LossScale(
-            config.initial_loss_scale, config.loss_scale_window, config.precision == "fp16"
+            config.initial_loss_scale, config.loss_scale_window, config.precision == "fp16", where
         )
-        self._skipped_in_a_row = 0
+        self.guard = StepGuard(config, where)
         self._backwards = 0
         settings = deepspeed_settings(
             config,
@@ -143,13 +104,16 @@ class Engine:
             if self.config.zero_stage == 0:
                 loss = loss * self.loss_scale.value
             else:
-                self._engine.optimizer.override_loss_scale(self.loss_scale.value)
+                self._engine.optimizer.override_loss_scale(float(self.loss_scale.value))
         self._engine.backward(loss, scale_wrt_gas=False)
         if self._backwards < self.micro_batches:
             self._engine.step()  # DeepSpeed counts micro-steps; nothing is updated before the last
 
     def step(self) -> StepInfo:
-        """Update the parameters; a step whose gradient is not finite is skipped on every rank."""
+        """Update the parameters; a step whose gradient is not finite is skipped on every rank.
+
+        Without sharding and with torch's fused AdamW nothing here waits for the device.
+        """
         if self._backwards != self.micro_batches:
             raise RuntimeError(
                 f"step after {self._backwards} of {self.micro_batches} micro-batches: call "
@@ -161,35 +125,43 @@ class Engine:
         else:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
-            info = StepInfo(norm, not self._engine.optimizer.overflow)
-        self.loss_scale.update(overflow=not info.applied)
-        self._skipped_in_a_row = 0 if info.applied else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self._skipped_in_a_row} updates in a row had non-finite gradients: training has "
-                "diverged. Lower optim.learning_rate, set engine.gradient_clipping, or use "
-                "engine.precision=bf16 or fp32; resume from the last checkpoint."
-            )
+            applied = not self._engine.optimizer.overflow
+            info = StepInfo(torch.tensor(norm), torch.tensor(applied))
+        self.loss_scale.update(~info.applied)
+        self.guard.count(info.applied)
         return info
 
     def _step_unsharded(self) -> StepInfo:
-        """ZeRO 0: DeepSpeed steps a plain optimiser, so unscaling and the check are ours."""
+        """ZeRO 0: DeepSpeed steps a plain optimiser; unscaling, clipping and the check are ours."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.loss_scale.enabled:
-            for gradient in gradients:
-                gradient.div_(self.loss_scale.value)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        applied = norm not in (float("inf"), float("-inf")) and norm == norm
-        if not applied:
+        norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale.value
+        good = self.guard.judge(norm)
+        divisor = self.loss_scale.value if self.loss_scale.enabled else None
+        if self.config.gradient_clipping > 0:
+            excess = ((norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
+        optimizer: Any = self.optimizer
+        if type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]:
+            # The update's own kernels divide by one, and do nothing where the other is 1.
+            vars(optimizer).update(grad_scale=divisor, found_inf=(~good).float())
+        elif not bool(good):
             for parameter in parameters:
                 parameter.grad = None  # an optimiser step without gradients changes nothing
+        elif divisor is not None:
+            for gradient in gradients:
+                gradient.div_(divisor)
         self._engine.step()
-        return StepInfo(norm if applied else float("inf"), applied)
+        return StepInfo(torch.where(norm.isfinite(), norm, torch.inf), good)
+
+    def raise_if_diverged(self) -> None:
+        """Raise FloatingPointError if too many updates in a row were skipped; waits for them."""
+        self.guard.raise_if_diverged()
 
     def save(self, directory: Path, tag: str, state: dict[str, Any]) -> None:
         """Write DeepSpeed's files into `directory/tag`. Collective; `state` holds plain data."""
         own = {"fastclip": state, "loss_scale": self.loss_scale.state_dict()}
+        own["guard"] = self.guard.state_dict()
         self._engine.save_checkpoint(str(directory), tag=tag, client_state=own, save_latest=False)
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
@@ -212,6 +184,7 @@ class Engine:
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
         self.loss_scale.load_state_dict(own["loss_scale"])
+        self.guard.load_state_dict(own["guard"])
         return own["fastclip"]
 
     def full_state_dict(self) -> dict[str, Tensor] | None:

@@ -75,8 +75,11 @@ class EngineConfig:
     loss_scale_window: int = 1000
     """fp16 only: steps without an overflow after which the loss scale doubles."""
 
+    outlier_factor: float = 0.0
+    """Skip updates whose gradient norm is so many times the usual one; 0 for none. ZeRO 0 only."""
+
     max_skipped_steps: int = 50
-    """Stop with an error after so many updates in a row were skipped for non-finite gradients."""
+    """Stop with an error after so many updates in a row were skipped; looked at on log steps."""
 
     deepspeed_json: str | None = None
     """Path of a JSON file with further DeepSpeed settings; keys fastclip owns are refused."""
@@ -95,6 +98,15 @@ class EngineConfig:
         if not self.initial_loss_scale >= 1 or self.loss_scale_window < 1:
             raise ValueError(
                 "engine.initial_loss_scale and engine.loss_scale_window are at least 1"
+            )
+        if not (self.outlier_factor == 0 or self.outlier_factor > 1):
+            raise ValueError(
+                f"engine.outlier_factor is above 1, or 0 for none, not {self.outlier_factor}"
+            )
+        if self.outlier_factor and self.zero_stage:
+            raise ValueError(
+                "engine.outlier_factor needs engine.zero_stage=0: DeepSpeed's sharded optimisers "
+                "know the norm only when they have stepped"
             )
         if self.max_skipped_steps < 1:
             raise ValueError("engine.max_skipped_steps is at least 1")
@@ -121,8 +133,9 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batch_size * micro_batches * world_size,
-        # DeepSpeed's own default became 1.0 in 0.19.3; unset would clip silently.
-        "gradient_clipping": config.gradient_clipping,
+        # DeepSpeed's own default became 1.0 in 0.19.3; unset would clip silently. Without sharding
+        # the clipping is the engine's.
+        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "steps_per_print": 10**12,
         "zero_optimization": {
             "stage": config.zero_stage,

@@ -47,7 +47,7 @@ class OptimConfig:
     """Multiplies the text tower's learning rate."""
 
     implementation: Literal["auto", "torch", "apex"] = "auto"
-    """AdamW's code: auto and torch take torch's (fused on CUDA), apex NVIDIA's FusedAdam."""
+    """AdamW's code: auto and torch take torch's fused one, apex NVIDIA's FusedAdam."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
@@ -112,7 +112,7 @@ def build_optimizer(
                 "it, or set optim.implementation=torch"
             )
         return fused_adam(groups, adam_w_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
+    return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **arguments)
 
 
 def find_apex_adam() -> Any | None:

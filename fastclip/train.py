@@ -210,6 +210,7 @@ class _Run:
         return " and ".join(sorted(impls))
 
     def _log_step(self, result: StepResult, learning_rate: float) -> None:
+        self.engine.raise_if_diverged()
         values: dict[str, Any] = {
             "epoch": self.loader.epoch,
             "loss": result.loss,
@@ -217,7 +218,8 @@ class _Run:
             "gradient_norm": result.info.gradient_norm,
             "learning_rate": learning_rate,
             "loss_scale": self.engine.loss_scale.value,
-            "update_applied": float(result.info.applied),
+            "update_applied": result.info.applied,
+            "skipped_steps": self.engine.guard.skipped_steps,
             **self.throughput.window(self.loader.wait_seconds),
         }
         self.log.step(self.step, values)

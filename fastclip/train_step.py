@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data.batch import Batch
-from fastclip.engine import Engine, StepInfo
+from fastclip.engine import Engine
 from fastclip.losses import (
     MEMORY_BUDGET,
     LossGradients,
@@ -24,6 +24,7 @@ from fastclip.losses import (
 )
 from fastclip.models.clip import Clip, ClipOutput
 from fastclip.ops.dispatch import Impl
+from fastclip.step_guard import StepInfo
 from fastclip.tokenizer.packing import PackedTokens
 
 

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from torchvision_beside_cpu import declare_operators
+from benchmarks.torchvision_beside_cpu import declare_operators
 
 declare_operators()
 

@@ -8,39 +8,11 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import nn
 
-from fastclip.engine import Engine, LossScale
+from fastclip.engine import Engine
 from fastclip.engine_config import EngineConfig, Precision, deepspeed_settings
-from fastclip.models.clip import ClipOutput
 from ranks import run_ranks
-
-
-class Towers(nn.Module):
-    """Two linear towers with the interface of `Clip`, small enough to follow by hand."""
-
-    autocast_dtype: torch.dtype | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-        self.text = nn.Linear(8, 4)
-        self.logit_scale = nn.Parameter(torch.tensor([1.0]))
-
-    def forward(self, images=None, tokens=None) -> ClipOutput:
-        return ClipOutput(self.visual(images), self.text(tokens), self.logit_scale.exp(), None)
-
-
-def _loss(output: ClipOutput, pairs: int) -> torch.Tensor:
-    assert output.image_features is not None
-    assert output.text_features is not None
-    return ((output.image_features * output.text_features).sum() * output.logit_scale)[0] / pairs
-
-
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=1e-2)
+from small_towers import Towers, adamw, product_loss
 
 
 def _train_beside_torch(
@@ -58,13 +30,13 @@ def _train_beside_torch(
     )
     engine = Engine(
         model,  # pyright: ignore[reportArgumentType]
-        _adamw(model),
+        adamw(model),
         config,
         runtime,
         micro_batch_size=4,
         micro_batches=micro_batches,
     )
-    optimizer = _adamw(reference)
+    optimizer = adamw(reference, fused=False)
     pairs = runtime.world_size * micro_batches * 4
     norms, applied = [], []
     for step in range(4):
@@ -73,25 +45,27 @@ def _train_beside_torch(
         tokens = torch.randn(pairs, 8, generator=generator)
         overflow = step == 1 and precision == "fp16"
         optimizer.zero_grad()
-        _loss(reference(images, tokens), pairs).backward()
+        product_loss(reference(images, tokens), pairs).backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clipping or math.inf)
         if not overflow:
             optimizer.step()
         for part in range(micro_batches):
             first = (runtime.rank * micro_batches + part) * 4
             rows = slice(first, first + 4)
-            loss = _loss(engine.forward(images[rows], tokens[rows]), pairs) * runtime.world_size
+            loss = (
+                product_loss(engine.forward(images[rows], tokens[rows]), pairs) * runtime.world_size
+            )
             broken = overflow and runtime.rank == 0 and part == 0
             engine.backward(loss * math.inf if broken else loss)
         info = engine.step()
-        norms.append(info.gradient_norm / float(norm))
-        applied.append(info.applied)
+        norms.append(float(info.gradient_norm) / float(norm))
+        applied.append(bool(info.applied))
     weights = engine.full_state_dict()
     difference = 0.0
     if weights is not None:
         expected = reference.state_dict()
         difference = max(float((weights[n] - expected[n]).abs().max()) for n in expected)
-    scale = engine.loss_scale.value
+    scale = float(engine.loss_scale.value)
     engine.close()
     return difference, norms, applied, scale
 
@@ -100,6 +74,7 @@ CASES: tuple[tuple[Precision, int, float], ...] = (
     ("fp32", 3, 0.0),
     ("fp16", 2, 0.0),
     ("fp32", 1, 0.1),
+    ("fp16", 1, 0.1),
 )
 
 
@@ -133,7 +108,7 @@ def _misuse(runtime):
     model = Towers()
     engine = Engine(
         model,  # pyright: ignore[reportArgumentType]
-        _adamw(model),
+        adamw(model),
         EngineConfig(precision="fp32", max_skipped_steps=2),
         runtime,
         micro_batch_size=2,
@@ -145,9 +120,10 @@ def _misuse(runtime):
     messages = []
     for _ in range(2):
         for _ in range(2):
-            engine.backward(_loss(engine.forward(data, data), 4) * math.nan)
+            engine.backward(product_loss(engine.forward(data, data), 4) * math.nan)
+        engine.step()
         try:
-            engine.step()
+            engine.raise_if_diverged()
         except FloatingPointError as error:
             messages.append(str(error))
     engine.close()
@@ -158,16 +134,6 @@ def test_divergence_and_misuse_are_errors(tmp_path):
     (messages,) = run_ranks(_misuse, 1, tmp_path)
     assert len(messages) == 1
     assert "2 updates in a row" in messages[0]
-
-
-def test_loss_scale_doubles_after_a_window_and_halves_at_an_overflow():
-    scale = LossScale(8.0, window=2, enabled=True)
-    for overflow in (False, False, True, False, False):
-        scale.update(overflow)
-    assert scale.value == 16.0
-    other = LossScale(1.0, window=2, enabled=True)
-    other.load_state_dict(scale.state_dict())
-    assert (other.value, other.good_steps) == (scale.value, scale.good_steps)
 
 
 def _settings(config: EngineConfig) -> dict:

@@ -20,12 +20,11 @@ NEEDS = {
 RUN = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
-from torchvision_beside_cpu import declare_operators
-declare_operators()
-sys.path[0] = sys.argv[2]
+from benchmarks.torchvision_beside_cpu import declare_operators
 import fastclip
 sys.path.pop(0)
-runpy.run_path(sys.argv[3], run_name="__main__")
+declare_operators()
+runpy.run_path(sys.argv[2], run_name="__main__")
 """
 
 
@@ -42,7 +41,7 @@ def test_example(example: Path, tmp_path: Path) -> None:
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(ROOT / "tests"), str(ROOT), str(example)],
+        [sys.executable, "-c", RUN, str(ROOT), str(example)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
