@@ -108,7 +108,9 @@ def runtime(device: str) -> Any:
 class FastclipStep:
     """Our step under the engine that training has."""
 
-    def __init__(self, case: StepCase, *, packed: bool, last_row: bool) -> None:
+    def __init__(
+        self, case: StepCase, *, packed: bool, last_row: bool, compiled: bool = False
+    ) -> None:
         from fastclip.engine import Engine
         from fastclip.optim import OptimConfig, build_optimizer, parameter_groups
         from fastclip.train_step import LossConfig, TrainStep
@@ -118,6 +120,8 @@ class FastclipStep:
         model = new_model(case).to(place.device).train()
         model.set_attention(AttentionConfig(last_row=last_row))
         model.set_patch_dropout(case.patch_dropout)
+        if compiled:
+            model.compile_blocks()
         config = OptimConfig(learning_rate=LEARNING_RATE)
         optimizer = build_optimizer(parameter_groups(model, config), config, place.device)
         self.engine = Engine(
@@ -282,9 +286,11 @@ def errors(expected: tuple[float, float], result: Tensor) -> Mapping[str, float 
     return {"loss_error": error}
 
 
-def fastclip(*, packed: bool, last_row: bool) -> Callable[[StepCase], Step]:
+def fastclip(
+    *, packed: bool = True, last_row: bool = True, compiled: bool = False
+) -> Callable[[StepCase], Step]:
     """Our step with these savings."""
-    return lambda case: FastclipStep(case, packed=packed, last_row=last_row)
+    return lambda case: FastclipStep(case, packed=packed, last_row=last_row, compiled=compiled)
 
 
 def open_clip(*, compiled: bool) -> Callable[[StepCase], Step]:
@@ -325,13 +331,10 @@ _OURS = {
     "fastclip-all-rows": {"packed": True, "last_row": False},
     "fastclip-padded-all-rows": {"packed": False, "last_row": False},
 }
+_ENGINE: dict[str, Any] = {"needs_cuda": False, "module": "deepspeed", "install": "deepspeed"}
 PROVIDERS = (
-    *(
-        Provider(
-            name, fastclip(**savings), needs_cuda=False, module="deepspeed", install="deepspeed"
-        )
-        for name, savings in _OURS.items()
-    ),
+    Provider("fastclip-compiled", fastclip(compiled=True), **_ENGINE),
+    *(Provider(name, fastclip(**savings), **_ENGINE) for name, savings in _OURS.items()),
     *(
         Provider(
             "open_clip-compiled" if compiled else "open_clip",
@@ -348,13 +351,13 @@ PROVIDERS = (
 SETS: dict[str, tuple[StepCase, ...]] = {
     "tiny": (StepCase("ViT-Nano-8", 8, "web", "fp32"), StepCase("RN-Nano", 8, "demo", "fp32")),
     "cpu": (
-        StepCase("ViT-B-32", 256, "demo", "fp32", part="text"),
-        StepCase("ViT-B-32", 64, "web", "fp32", part="text"),
+        StepCase("ViT-B-32", 16, "demo", "fp32", part="text"),
+        StepCase("ViT-B-32", 16, "web", "fp32", part="text"),
         StepCase("RN-Nano/77", 256, "demo", "fp32", part="text"),
         StepCase("RN-Nano/77", 256, "demo", "fp32"),
         StepCase("RN-Nano", 256, "demo", "fp32"),
-        StepCase("ViT-B-32", 32, "web", "fp32"),
-        StepCase("ViT-B-32", 32, "dense", "fp32"),
+        StepCase("ViT-B-32", 16, "web", "fp32"),
+        StepCase("ViT-B-32", 16, "dense", "fp32"),
     ),
     "small": (
         StepCase("ViT-B-32", 2048),

@@ -283,6 +283,8 @@ def build_model(config: TrainConfig) -> Clip:
     )
     model.set_attention(config.attention)
     model.set_patch_dropout(run.patch_dropout)
+    if run.compile_blocks:
+        model.compile_blocks()
     model.freeze(vision=run.freeze_visual, text=run.freeze_text)
     return model
 

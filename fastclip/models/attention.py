@@ -123,7 +123,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, causal: bool, segments: S
 
     starts, longest = segments.starts, segments.bound
     if query.shape[0] != key.shape[0]:
-        starts = torch.arange(len(segments) + 1, dtype=torch.int32, device=query.device)
+        starts = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=query.device)
         longest = 1
     result = varlen_attn(
         query, key, value, starts, segments.starts, longest, segments.bound,

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
 from fastclip.models.config import ClipConfig, ViTConfig
-from fastclip.models.layers import wide
-from fastclip.models.resnet import AttentionPool, ModifiedResNet
+from fastclip.models.layers import ResidualBlock, wide
+from fastclip.models.resnet import AttentionPool, Bottleneck, ModifiedResNet
 from fastclip.models.text import TextTransformer
 from fastclip.models.vit import VisionTransformer
 from fastclip.tokenizer.packing import PackedTokens
@@ -175,6 +175,15 @@ class Clip(nn.Module):
                 module.impl = config.impl
             elif isinstance(module, VisionTransformer | TextTransformer):
                 module.last_row = config.last_row
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile compile each block at its first call, both towers'.
+
+        All blocks of a tower share their compiled code. Parameters keep their names.
+        """
+        for module in self.modules():
+            if isinstance(module, ResidualBlock | Bottleneck):
+                module.compile()
 
     def set_patch_dropout(self, share: float) -> None:
         """Leave out that share of an image's patches in training.

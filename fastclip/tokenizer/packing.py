@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -26,14 +26,15 @@ class Segments:
     lengths: tuple[int, ...]
     """Of the sequences, ascending; known to the host, so that nobody has to ask the device."""
 
+    bound: int = field(init=False)
+    """At least the longest length; one of few values, for what is compiled for each of them."""
+
+    def __post_init__(self) -> None:
+        longest = self.lengths[-1] if self.lengths else 1
+        object.__setattr__(self, "bound", -(-longest // 64) * 64)
+
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def bound(self) -> int:
-        """At least the longest length; one of few values, for what is compiled per value."""
-        longest = self.lengths[-1] if self.lengths else 1
-        return -(-longest // 64) * 64
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:

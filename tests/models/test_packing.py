@@ -270,3 +270,19 @@ def test_packed_towers_on_a_gpu():
         clip.autocast_dtype = torch.bfloat16
         errors.append(worst(run(clip, tokens), expected))
     assert errors[1] < 1.2 * errors[0]
+
+
+def test_compiled_blocks_compute_the_same():
+    """The same features and gradients; new lengths compile nothing once they have varied."""
+    rows = token_rows()
+    clip = model()
+    clip.compile_blocks()
+    assert worst(run(clip, PackedTokens.pack(rows)), plainly(tokens=rows)) < 1e-5
+    clip.zero_grad()
+    assert worst(run(clip, None, pixels()), plainly(images=pixels())) < 1e-5
+    assert list(clip.state_dict()) == list(model().state_dict())
+    compiled = []
+    for lengths in ((4, 5, 6), (2, 2, 2, 7, 9), (50, 3, 1, 1), (70, 8)):
+        run(clip, PackedTokens.pack(token_rows(lengths)))
+        compiled.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert len(set(compiled[1:])) == 1
