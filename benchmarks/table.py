@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import tokenizer_table
+from benchmarks import step_table, tokenizer_table
 from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
 from benchmarks.record import RESULTS, ROOT, read_rows
 
@@ -49,8 +49,9 @@ def table(results: Path = RESULTS) -> str:
     """All sections from the rows in a folder; where none is a GPU's, that it is so."""
     parts = [section(title, read_rows(results / f"{n}.csv"), c) for n, title, c in SECTIONS]
     measured = "\n\n".join(part for part in parts if part) or NOT_RUN
+    steps = step_table.section(read_rows(results / "step.csv"))
     tokenizers = tokenizer_table.section(read_rows(results / "tokenizer.csv"))
-    return f"{measured}\n\n{tokenizers}" if tokenizers else measured
+    return "\n\n".join(part for part in (measured, steps, tokenizers) if part)
 
 
 def with_table(readme: str, text: str) -> str:

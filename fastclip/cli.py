@@ -90,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. run.steps=1000")
     train.set_defaults(run=_train)
 
+    profile = verbs.add_parser("profile", help="where the time of a few steps goes")
+    profile.add_argument("recipe", help="as for train")
+    profile.add_argument("--data", default="", help="as for train")
+    profile.add_argument("--steps", type=int, default=5, help="that are profiled, after a warm-up")
+    profile.add_argument("--out", type=Path, default=Path("profile"), help="folder of the traces")
+    profile.add_argument("overrides", nargs="*", metavar="field=value")
+    profile.set_defaults(run=_profile)
+
     recipes = verbs.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(run=_recipes)
 
@@ -168,6 +176,16 @@ def _train(options: argparse.Namespace) -> int:
     from fastclip.train import train
 
     return 0 if train(config).finished else EXIT_STOPPED
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from fastclip.config import apply_overrides
+    from fastclip.profiling import profile_run
+
+    config = apply_overrides(find_recipe(options.recipe)(options.data), options.overrides)
+    report = profile_run(config, options.out, options.steps)
+    logger.info("%s", report)
+    return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig, deepspeed_settings
@@ -105,7 +106,8 @@ class Engine:
                 loss = loss * self.loss_scale.value
             else:
                 self._engine.optimizer.override_loss_scale(float(self.loss_scale.value))
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with record_function("fastclip::backward"):
+            self._engine.backward(loss, scale_wrt_gas=False)
         if self._backwards < self.micro_batches:
             self._engine.step()  # DeepSpeed counts micro-steps; nothing is updated before the last
 
@@ -120,16 +122,16 @@ class Engine:
                 "backward for each of them first"
             )
         self._backwards = 0
-        if self.config.zero_stage == 0:
-            info = self._step_unsharded()
-        else:
-            self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-            applied = not self._engine.optimizer.overflow
-            info = StepInfo(torch.tensor(norm), torch.tensor(applied))
+        with record_function("fastclip::update"):
+            info = self._step_sharded() if self.config.zero_stage else self._step_unsharded()
         self.loss_scale.update(~info.applied)
         self.guard.count(info.applied)
         return info
+
+    def _step_sharded(self) -> StepInfo:
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return StepInfo(torch.tensor(norm), torch.tensor(not self._engine.optimizer.overflow))
 
     def _step_unsharded(self) -> StepInfo:
         """ZeRO 0: DeepSpeed steps a plain optimiser; unscaling, clipping and the check are ours."""

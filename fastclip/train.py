@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from fastclip.checkpoint import ResumePoint, find_resume_point, load_checkpoint, save_checkpoint
 from fastclip.config import TrainConfig, save_config, to_dict
@@ -62,12 +63,12 @@ def train(config: TrainConfig) -> TrainResult:
     runtime = initialise(config.run.device)
     try:
         with _StopRequest() as stop:
-            return _Run(config, runtime).train(stop)
+            return Run(config, runtime).train(stop)
     finally:
         shutdown()
 
 
-class _Run:
+class Run:
     """A run's parts, wired together in the order in which they depend on each other."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
@@ -157,17 +158,9 @@ class _Run:
         run = self.config.run
         metrics: dict[str, float] = {}
         self.log.start(self._describe())
-        model = self.engine.module
-        model.train()
-        self.throughput.start(self.loader.wait_seconds)
+        self.begin()
         while self.step < self.total_steps:
-            batch = next(self.loader).to(self.runtime.device, non_blocking=True)
-            learning_rate = set_learning_rate(
-                self.engine.optimizer, self.step, self.config.optim, self.total_steps
-            )
-            result = self.train_step(batch)
-            self.step += 1
-            self.throughput.step(self._flops_per_sample(batch))
+            result, learning_rate = self.one_step()
             last = self.step == self.total_steps
             on_log_step = last or self.step % run.log_every_steps == 0
             if on_log_step:
@@ -180,6 +173,30 @@ class _Run:
             if last or _due(self.step, run.checkpoint_every_steps) or self._time_due(on_log_step):
                 self._save()
         return self._end(finished=True, metrics=metrics)
+
+    def begin(self) -> None:
+        """To be called before the first step."""
+        self.engine.module.train()
+        self.throughput.start(self.loader.wait_seconds)
+
+    def one_step(self) -> tuple[StepResult, float]:
+        """Train on the next batch; what the step reports, and its learning rate."""
+        with record_function("fastclip::data wait"):
+            batch = next(self.loader)
+        with record_function("fastclip::copy to device"):
+            batch = batch.to(self.runtime.device, non_blocking=True)
+        learning_rate = set_learning_rate(
+            self.engine.optimizer, self.step, self.config.optim, self.total_steps
+        )
+        result = self.train_step(batch)
+        self.step += 1
+        self.throughput.step(self._flops_per_sample(batch))
+        return result, learning_rate
+
+    def close(self) -> None:
+        """Stop the loader's threads, release the engine."""
+        self.loader.close()
+        self.engine.close()
 
     def _flops_per_sample(self, batch: Batch) -> float:
         return executed_flops_per_sample(
@@ -263,8 +280,7 @@ class _Run:
     def _end(self, finished: bool, metrics: dict[str, float]) -> TrainResult:
         report = self.loader.report()
         self.log.end(report)
-        self.loader.close()
-        self.engine.close()
+        self.close()
         if self.runtime.is_main and not finished:
             logger.warning(
                 "stopped by a signal at step %d of %d; the same command continues from here",

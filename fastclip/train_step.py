@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastclip.data.batch import Batch
 from fastclip.engine import Engine
@@ -124,7 +125,7 @@ class TrainStep:
         image_features = torch.cat([_present(o.image_features) for o in cached]).detach()
         text_features = torch.cat([_present(o.text_features) for o in cached]).detach()
         logit_scale = cached[-1].logit_scale.detach()
-        with self.engine.module.precision():
+        with record_function("fastclip::loss"), self.engine.module.precision():
             return self._loss(image_features, text_features, logit_scale, cached[-1], ids)
 
     def _loss(

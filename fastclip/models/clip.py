@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import record_function
 
 from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
 from fastclip.models.config import ClipConfig, ViTConfig
@@ -99,8 +100,10 @@ class Clip(nn.Module):
         if images is None and tokens is None:
             raise ValueError("give images, tokens or both")
         with self.precision():
-            image_features = None if images is None else self.visual(self._pixels(images))
-            text_features = None if tokens is None else self.text(self._checked(tokens))
+            with record_function("fastclip::image tower"):
+                image_features = None if images is None else self.visual(self._pixels(images))
+            with record_function("fastclip::text tower"):
+                text_features = None if tokens is None else self.text(self._checked(tokens))
         with torch.autocast(self.logit_scale.device.type, enabled=False):
             return ClipOutput(
                 _finish(image_features, normalize),

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import table
 from benchmarks.bench_contrastive import BENCHMARK
+from benchmarks.bench_step import BENCHMARK as STEP
+from benchmarks.bench_step import StepCase
 from benchmarks.cases import CONTRASTIVE_SETS, Case
 from benchmarks.record import ROOT, Record
 
@@ -77,3 +79,21 @@ def test_missing_markers_are_named(
 def test_the_projects_readme_is_up_to_date() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.with_table(text, table.table()) == text
+
+
+def test_steps_are_given_as_ratios(tmp_path: Path) -> None:
+    record = Record(tmp_path / "step.csv", STEP.columns, STEP.key)
+    case = StepCase("ViT-B-32", 1000)
+    row = {
+        "commit": "0123456789abcdef", "dirty": False, "date": "2030-01-02T00:00:00+00:00",
+        "device": "cpu", "torch": "2.11.0", **asdict(case),
+    }  # fmt: skip
+    record.write({**row, "commit": "old", "date": "2029", "provider": "fastclip", "median_ms": 1.0})
+    record.write({**row, "provider": "fastclip", "median_ms": 500.0})
+    record.write({**row, "provider": "open_clip", "version": "3.3.0", "median_ms": 800.0})
+    record.write({**row, "provider": "open_clip-compiled", "version": "3.3.0", "error": "OOM"})
+    text = table.table(tmp_path)
+    assert "| | fastclip | open_clip 3.3.0 | open_clip-compiled 3.3.0 |" in text
+    assert f"| {case} | 2,000/s | 1.6× | OOM |" in text
+    assert "commit 0123456789, 2030-01-02" in text
+    assert "old" not in text
