@@ -36,8 +36,9 @@ class RunConfig:
     global_batch_size: int = 32768
     """Pairs per optimiser step over all ranks; every pair is contrasted with every other."""
 
-    micro_batches: int = 1
-    """Parts a rank's share of the batch is computed in; exact, but refused with BatchNorm."""
+    micro_batches: int | Literal["auto"] = 1
+    """Parts a rank's share of the batch is computed in; exact, but refused with BatchNorm. auto
+    takes as few as fit into the device's memory."""
 
     steps: int | None = None
     """Optimiser steps of the run; None counts `epochs`."""
@@ -98,8 +99,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batches", "log_every_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"run.{name} is at least 1, not {value}")
         optional = (
             "steps",
             "checkpoint_every_steps",

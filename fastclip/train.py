@@ -20,12 +20,14 @@ from fastclip.checkpoint import ResumePoint, find_resume_point, load_checkpoint,
 from fastclip.config import TrainConfig, save_config, to_dict
 from fastclip.data.batch import Batch
 from fastclip.data.loader import TrainLoader
-from fastclip.distributed.collectives import any_rank, barrier
+from fastclip.distributed.collectives import all_gather_integers, any_rank, barrier
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.engine import Engine
+from fastclip.engine_config import AUTOCAST_DTYPES
 from fastclip.eval.suite import format_table, run_suite
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
+from fastclip.micro_batch_size import find_micro_batches
 from fastclip.models.attention import choose
 from fastclip.models.clip import Clip
 from fastclip.models.interop import init_from
@@ -81,7 +83,19 @@ class Run:
 
         torch.manual_seed(run.seed)  # the same initial weights on every rank
         model = build_model(config)
-        check_micro_batching(model, run.micro_batches)
+        if run.micro_batches != "auto":
+            check_micro_batching(model, run.micro_batches)
+        point = None
+        if run.resume:
+            point = find_resume_point(
+                self.checkpoints, runtime, config.engine.zero_stage, to_dict(config.model)
+            )
+        if point is None and run.init_from is not None:
+            init_from(model, Path(run.init_from))
+        model = model.to(runtime.device)
+        if runtime.world_size > 1:
+            convert_sync_batch_norm(model)
+        micro_batches = self._micro_batches(model, batch_size)
         try:
             self.tokenizer = Tokenizer(
                 context_length=config.model.text.context_length, backend=config.data.tokenizer
@@ -96,20 +110,9 @@ class Run:
             rank=runtime.rank,
             world_size=runtime.world_size,
             seed=run.seed,
-            micro_batches=run.micro_batches,
+            micro_batches=micro_batches,
         )
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
-
-        point = None
-        if run.resume:
-            point = find_resume_point(
-                self.checkpoints, runtime, config.engine.zero_stage, to_dict(config.model)
-            )
-        if point is None and run.init_from is not None:
-            init_from(model, Path(run.init_from))
-        model = model.to(runtime.device)
-        if runtime.world_size > 1:
-            convert_sync_batch_norm(model)
         optimizer = build_optimizer(
             parameter_groups(model, config.optim), config.optim, runtime.device
         )
@@ -118,12 +121,12 @@ class Run:
             optimizer,
             config.engine,
             runtime,
-            micro_batch_size=batch_size // run.micro_batches,
-            micro_batches=run.micro_batches,
+            micro_batch_size=batch_size // micro_batches,
+            micro_batches=micro_batches,
             load_universal=point is not None and point.universal,
         )
         torch.manual_seed(run.seed + 1 + runtime.rank)  # ranks drop different patches
-        self.train_step = TrainStep(self.engine, config.loss, micro_batches=run.micro_batches)
+        self.train_step = TrainStep(self.engine, config.loss, micro_batches=micro_batches)
         self.step = 0
         if point is not None:
             self._resume(point)
@@ -146,6 +149,15 @@ class Run:
             world_size=runtime.world_size,
         )
         self._saved_at = time.monotonic()
+
+    def _micro_batches(self, model: Clip, batch_size: int) -> int:
+        """As set, or as many as the rank with the least memory needs."""
+        asked = self.config.run.micro_batches
+        if asked != "auto":
+            return asked
+        model.train().autocast_dtype = AUTOCAST_DTYPES[self.config.engine.precision]
+        own = find_micro_batches(model, batch_size, loss_budget=self.config.loss.memory_budget)
+        return max(parts for (parts,) in all_gather_integers([own], self.runtime.device))
 
     def _resume(self, point: ResumePoint) -> None:
         load_checkpoint(point, self.engine, self.runtime)
@@ -311,11 +323,14 @@ def per_rank_batch_size(config: TrainConfig, world_size: int) -> int:
     Raises:
         ValueError: ranks times micro-batches do not divide it.
     """
-    total, parts = config.run.global_batch_size, world_size * config.run.micro_batches
+    micro_batches = config.run.micro_batches
+    if micro_batches == "auto":
+        micro_batches = 1
+    total, parts = config.run.global_batch_size, world_size * micro_batches
     if total % parts:
         raise ValueError(
             f"run.global_batch_size={total} is not divisible by {world_size} rank(s) × "
-            f"{config.run.micro_batches} micro-batch(es); nearest: {max(total // parts, 1) * parts}"
+            f"{micro_batches} micro-batch(es); nearest: {max(total // parts, 1) * parts}"
         )
     return total // world_size
 
