@@ -88,6 +88,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
 
+    max_rollbacks: int = 3
+    """How often a launch may go back to its newest checkpoint after engine.max_skipped_steps; it
+    goes on with data that it had not reached."""
+
     evaluate_every_steps: int | None = None
     """Steps between evaluations; None evaluates at the end only."""
 
@@ -114,6 +118,8 @@ class RunConfig:
                 raise ValueError(f"run.{name} is positive or none, not {value}")
         if self.steps is None and self.epochs <= 0:
             raise ValueError(f"run.epochs is positive, not {self.epochs}")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"run.max_rollbacks is at least 0, not {self.max_rollbacks}")
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"run.patch_dropout is in [0, 1), not {self.patch_dropout}")
         if self.freeze_visual and self.freeze_text:

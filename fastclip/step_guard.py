@@ -102,13 +102,17 @@ class StepGuard:
         self.skipped_steps.add_(~applied)
         self._in_a_row.copy_(torch.where(applied, 0, self._in_a_row + 1))
 
+    def skipped_in_a_row(self) -> int:
+        """Updates skipped since the last one that was made; waits for the device."""
+        return int(self._in_a_row)
+
     def raise_if_diverged(self) -> None:
         """Read the counts from the device.
 
         Raises:
             FloatingPointError: too many updates in a row were skipped.
         """
-        in_a_row = int(self._in_a_row)
+        in_a_row = self.skipped_in_a_row()
         if in_a_row >= self.config.max_skipped_steps:
             raise FloatingPointError(
                 f"{in_a_row} updates in a row were skipped, their gradients being not finite or "

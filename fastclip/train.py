@@ -65,9 +65,29 @@ def train(config: TrainConfig) -> TrainResult:
     runtime = initialise(config.run.device)
     try:
         with _StopRequest() as stop:
-            return Run(config, runtime).train(stop)
+            return _train(config, runtime, stop)
     finally:
         shutdown()
+
+
+def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainResult:
+    """A run, begun anew from its newest checkpoint where it diverges."""
+    run = Run(config, runtime)
+    for rollbacks_left in range(config.run.max_rollbacks, -1, -1):
+        try:
+            return run.train(stop)
+        except FloatingPointError as error:
+            reached = run.loader.state_dict()
+            run.log.end({})
+            run.close()
+            # Every rank has counted the same steps, and sees the same files.
+            if not rollbacks_left or not config.run.resume or not run.has_checkpoint():
+                raise
+            logger.warning("%s; going back to the newest checkpoint", error)
+            run = Run(config, runtime)
+            # What made it diverge may be in the data since the checkpoint: they are not seen again.
+            run.loader.load_state_dict(reached)
+    raise AssertionError("the last try returns or raises")
 
 
 class Run:
@@ -182,7 +202,9 @@ class Run:
                     return self._end(finished=False, metrics=metrics)
             if last or _due(self.step, run.evaluate_every_steps):
                 metrics = self._evaluate()
-            if last or _due(self.step, run.checkpoint_every_steps) or self._time_due(on_log_step):
+            due = _due(self.step, run.checkpoint_every_steps) or self._time_due(on_log_step)
+            # Amid bad steps nothing is saved: one could not go back to before them.
+            if last or (due and self.engine.guard.skipped_in_a_row() == 0):
                 self._save()
         return self._end(finished=True, metrics=metrics)
 
@@ -204,6 +226,12 @@ class Run:
         self.step += 1
         self.throughput.step(self._flops_per_sample(batch))
         return result, learning_rate
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go back to."""
+        config = self.config
+        stage, model = config.engine.zero_stage, to_dict(config.model)
+        return find_resume_point(self.checkpoints, self.runtime, stage, model) is not None
 
     def close(self) -> None:
         """Stop the loader's threads, release the engine."""
