@@ -91,6 +91,12 @@ def find_nvcc() -> str | None:
 class build_ext(pybind11_build_ext):  # noqa: N801 (the name that setuptools knows)
     """Adds what nvcc compiles to an extension that names one."""
 
+    def run(self) -> None:
+        for name in ("fastclip.tokenizer._native", "fastclip.tokenizer._cuda"):
+            # What an earlier build has left, and this one may not make again.
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext) -> None:
         if nvcc := getattr(ext, "nvcc", None):
             compiled = Path(self.build_temp, "bpe_cuda.o")
@@ -107,11 +113,21 @@ class build_ext(pybind11_build_ext):  # noqa: N801 (the name that setuptools kno
             raise CompileError(f"{command[0]} cannot compile {CUDA_KERNELS}")
 
 
+def ask(nvcc: str, *options: str) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run([nvcc, *options], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(f"{nvcc} cannot be run: {error}") from error
+    if done.returncode:
+        raise CompileError(f"{nvcc} {options[0]} failed ({done.returncode}): {done.stderr.strip()}")
+    return done
+
+
 def targets(nvcc: str) -> list[str]:
     """Machine code for each architecture that this nvcc knows, and PTX for later ones."""
-    asked = [nvcc, "--list-gpu-code"]
-    known = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-    archs = os.environ.get("FASTCLIP_CUDA_ARCHS", CUDA_ARCHS).split(",")
+    known = ask(nvcc, "--list-gpu-code").stdout.split()
+    asked = os.environ.get("FASTCLIP_CUDA_ARCHS", CUDA_ARCHS).split(",")
+    archs = [arch.strip() for arch in asked]
     archs = [arch for arch in archs if f"sm_{arch}" in known]
     if not archs:
         raise CompileError(f"{nvcc} knows none of FASTCLIP_CUDA_ARCHS: {' '.join(known)}")
@@ -121,8 +137,7 @@ def targets(nvcc: str) -> list[str]:
 
 def libraries(nvcc: str) -> list[str]:
     """Where the toolkit's libraries lie: asked of nvcc, which may be a wrapper somewhere else."""
-    asked = [nvcc, "-dryrun", "-x", "cu", os.devnull]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False).stderr
+    said = ask(nvcc, "-dryrun", "-x", "cu", os.devnull).stderr
     line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
     return [str(Path(folder).resolve()) for folder in re.findall(r'"-L([^"]+)"', line)]
 

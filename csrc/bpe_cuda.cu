@@ -12,6 +12,7 @@ namespace fastclip {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
+constexpr int kBlocksPerProcessor = 5;  // 48 registers; without the bound ptxas spills, to fit more
 
 void check(cudaError_t error, const char* action) {
   if (error == cudaSuccess) return;
@@ -22,13 +23,16 @@ void check(cudaError_t error, const char* action) {
 // Makes a device the current one for a while.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     check(cudaGetDevice(&before_), "name its current device");
-    check(cudaSetDevice(device), "choose the device");
+    if (before_ != device_) check(cudaSetDevice(device_), "choose the device");
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
 
  private:
+  const int device_;
   int before_ = 0;
 };
 
@@ -53,7 +57,7 @@ class Memory {
 
 // A warp for each text.
 template <typename Id>
-__global__ void __launch_bounds__(kWarpsPerBlock* kLanes)
+__global__ void __launch_bounds__(kWarpsPerBlock* kLanes, kBlocksPerProcessor)
     encode_rows(WarpTables tables, CudaBatch batch) {
   __shared__ WarpSpace spaces[kWarpsPerBlock];
   const DeviceWarp warp;
@@ -119,6 +123,9 @@ CudaEncoder::CudaEncoder(std::string_view merges, int unicode_version, bool stri
   characters.badness_moves = state.memory.upload(host.badness_moves, host.badness_count);
   state.tables.vocabulary = state.memory.upload(&vocabulary.tables(), 1);
   state.tables.refused = kRefusedProperties | (strict ? std::uint32_t{kUnassigned} : 0);
+  // A copy from pageable memory returns before it is done, and torch's streams do not wait for the
+  // default one.
+  check(cudaStreamSynchronize(nullptr), "copy the tokenizer's tables");
   int per_processor = 0, processors = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, encode_rows<std::int32_t>,
                                                       kWarpsPerBlock * kLanes, 0),

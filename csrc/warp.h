@@ -37,20 +37,25 @@ class DeviceWarp {
     step(lane_);
     __syncwarp();
   }
+  // Votes and shuffles order no memory: what a step has read, the next one may overwrite only after
+  // __syncwarp.
   // Bit i: what the step says in lane i.
   template <typename Step>
   __device__ std::uint32_t ballot(Step step) const {
     const bool vote = step(lane_);
+    __syncwarp();
     return __ballot_sync(kAll, vote);
   }
   template <typename Step>
   __device__ std::uint32_t least(Step step) const {
     const std::uint32_t own = step(lane_);
+    __syncwarp();
     return __reduce_min_sync(kAll, own);
   }
   template <typename Step>
   __device__ std::uint32_t either(Step step) const {
     const std::uint32_t own = step(lane_);
+    __syncwarp();
     return __reduce_or_sync(kAll, own);
   }
   // A lane's element, for all.
