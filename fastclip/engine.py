@@ -79,6 +79,9 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if config.zero_stage == 0 and runtime.world_size == 1:
+            # Or it would copy all gradients into one buffer, and back, to reduce them over no one.
+            self._engine.enable_backward_allreduce = False
 
     @property
     def module(self) -> Clip:
