@@ -119,6 +119,8 @@ class CudaTokenizer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The GPU's part of `encode_utf8`, which does not wait, and can be captured in a graph.
 
+        A graph holds addresses: keep this tokenizer and the captured tensors as long as the graph.
+
         Returns:
             rows and lengths as there, where the length of a text that is left to the host is 0 and
             its row unspecified; and int32 [1 + B]: how many these are, then which, in any order.
@@ -129,14 +131,16 @@ class CudaTokenizer:
             raise TypeError(f"ids are int32, int64 or uint16, not {dtype}")
         _check_vector("data", data, torch.uint8)
         _check_vector("offsets", offsets, torch.int32)
-        if len(offsets) == 0 or len(data) > _LARGEST:
+        if len(offsets) == 0 or max(len(offsets), len(data)) > _LARGEST:
             raise ValueError(
-                f"there is one offset more than texts, and at most {_LARGEST} bytes of data; "
-                f"here are {len(offsets)} and {len(data)}"
+                f"there is one offset more than texts, and at most {_LARGEST} of them and of bytes "
+                f"of data; here are {len(offsets)} and {len(data)}"
             )
         if context_length is None:
             context_length = self.context_length
         check_context_length(context_length)
+        if context_length > _LARGEST:
+            raise ValueError(f"context_length is {context_length}, more than {_LARGEST}")
         count = len(offsets) - 1
         data = data.to(self.device, non_blocking=True)
         offsets = offsets.to(self.device, non_blocking=True)

@@ -177,6 +177,8 @@ def test_bad_texts_are_named(make: MakeTokenizer):
         tokenizer.encode_utf8(b"abc", torch.tensor([0, 3], dtype=torch.int32))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="one offset more than texts"):
         tokenizer.encode_utf8(data, torch.empty(0, dtype=torch.int32))
+    with pytest.raises(ValueError, match="context_length is 2147483648, more than"):
+        tokenizer.encode_utf8(data, torch.tensor([0], dtype=torch.int32), 2**31)
     with pytest.raises(TypeError, match="ids are int32"):
         tokenizer.encode_utf8(data, torch.tensor([0], dtype=torch.int32), dtype=torch.int8)
     assert tokenizer([]).shape == (0, 8)
