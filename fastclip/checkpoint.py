@@ -36,7 +36,7 @@ from fastclip.engine import Engine, convert_to_universal
 
 logger = logging.getLogger("fastclip")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STEP_NAME = re.compile(r"step-(\d{8})")
 
 

@@ -8,6 +8,7 @@ computes two products for each one of forward. Recomputation is not counted as u
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -70,10 +71,12 @@ def executed_flops_per_sample(
         last_row: whether the last blocks compute the row alone that is read out.
         patch_dropout: share of the patches that are dropped.
     """
-    lengths = text_lengths or [config.text.context_length]
-    texts = sum(text_flops(config, length, last_row=last_row) for length in lengths)
+    lengths = Counter(text_lengths or [config.text.context_length])  # few: this runs every step
+    texts = sum(
+        count * text_flops(config, length, last_row=last_row) for length, count in lengths.items()
+    )
     image = vision_flops(config, last_row=last_row, patch_dropout=patch_dropout)
-    return 3 * (image + texts / len(lengths))
+    return 3 * (image + texts / lengths.total())
 
 
 def vision_flops(
@@ -102,12 +105,8 @@ def loss_flops(global_batch_size: int, embed_dim: int) -> float:
 
 
 def _transformer(config: ViTConfig | TextConfig, tokens: float, last_row: bool) -> float:
-    whole = _block(config, tokens, tokens)
-    return (
-        config.layers * whole
-        if not last_row
-        else ((config.layers - 1) * whole + _block(config, 1, tokens))
-    )
+    last = _block(config, 1 if last_row else tokens, tokens)
+    return (config.layers - 1) * _block(config, tokens, tokens) + last
 
 
 def _block(config: ViTConfig | TextConfig, rows: float, tokens: float) -> float:

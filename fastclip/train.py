@@ -229,8 +229,7 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go back to."""
-        config = self.config
-        stage, model = config.engine.zero_stage, to_dict(config.model)
+        stage, model = self.config.engine.zero_stage, to_dict(self.config.model)
         return find_resume_point(self.checkpoints, self.runtime, stage, model) is not None
 
     def close(self) -> None:
