@@ -8,223 +8,27 @@ how much that is). A provider whose first loss is not the expected one gets no t
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import caption_lengths
 from benchmarks.harness import Benchmark, Provider, main
 from benchmarks.plan import Variant, Work
-from fastclip.data.batch import Batch
-from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig
-from fastclip.flops import executed_flops_per_sample, training_flops_per_sample
+from benchmarks.steps import FastclipStep, OpenClipStep, Operands, StepCase, flops, new_model
+from fastclip.engine.config import AUTOCAST_DTYPES
+from fastclip.flops import executed_flops_per_sample
 from fastclip.models.attention import AttentionConfig
-from fastclip.models.clip import Clip
-from fastclip.models.config import ClipConfig
-from fastclip.models.presets import preset
-from fastclip.tokenizer.packing import PackedTokens
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 1e-2}
 """Of the first loss, relative to fp32's."""
 
-LEARNING_RATE = 1e-6
-
-
-@dataclass(frozen=True)
-class StepCase:
-    """A model and what it is trained on."""
-
-    model: str
-    """A preset; "/77" behind it: with a context of 77 tokens."""
-
-    batch: int
-    captions: Literal["demo", "web", "dense"] = "web"
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    micro_batches: int = 1
-    patch_dropout: float = 0.0
-    part: Literal["step", "text"] = "step"
-    """The step, or forward and backward of the text tower alone."""
-
-    @property
-    def config(self) -> ClipConfig:
-        """Of the model."""
-        name, _, context = self.model.partition("/")
-        config = preset(name)
-        if not context:
-            return config
-        text = dataclasses.replace(config.text, context_length=int(context))
-        return dataclasses.replace(config, text=text)
-
-    @property
-    def unit(self) -> float:
-        """FLOP of the step over all positions and all blocks."""
-        return self.batch * _flops(self.config, self.part, training_flops_per_sample)
-
-    def lengths(self) -> list[int]:
-        """Of the captions, in tokens."""
-        return caption_lengths.draw(self.captions, self.batch, self.config.text.context_length)
-
-    def __str__(self) -> str:
-        extras = [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
-        extras += [f"patch dropout {self.patch_dropout}"] if self.patch_dropout else []
-        extras += ["text tower"] if self.part == "text" else []
-        return ", ".join([self.model, f"{self.batch}", self.captions, self.precision, *extras])
-
-
-class Operands(NamedTuple):
-    """A batch on the device."""
-
-    images: Tensor
-    """uint8 [B, 3, R, R]."""
-
-    pixels: Tensor
-    """The same, normalised, in the step's precision."""
-
-    tokens: Tensor
-    """int32 [B, context length], zero-padded."""
-
 
 Step = Callable[[Operands], Tensor]
 """One step; its loss before the update."""
-
-
-@functools.cache
-def runtime(device: str) -> Any:
-    """This process as the only rank."""
-    from fastclip.distributed.runtime import initialise
-
-    return initialise(device)
-
-
-class FastclipStep:
-    """Our step under the engine that training has."""
-
-    def __init__(
-        self, case: StepCase, *, packed: bool, last_row: bool, compiled: bool = False
-    ) -> None:
-        from fastclip.engine import Engine
-        from fastclip.optim import OptimConfig, build_optimizer, parameter_groups
-        from fastclip.train_step import LossConfig, TrainStep
-
-        place = runtime("auto")
-        self.case, self.packed = case, packed
-        model = new_model(case).to(place.device).train()
-        model.set_attention(AttentionConfig(last_row=last_row))
-        model.set_patch_dropout(case.patch_dropout)
-        if compiled:
-            model.compile_blocks()
-        config = OptimConfig(learning_rate=LEARNING_RATE)
-        optimizer = build_optimizer(parameter_groups(model, config), config, place.device)
-        self.engine = Engine(
-            model,
-            optimizer,
-            EngineConfig(zero_stage=0, precision=case.precision),
-            place,
-            micro_batch_size=case.batch // case.micro_batches,
-            micro_batches=case.micro_batches,
-        )
-        self.step = TrainStep(self.engine, LossConfig(), micro_batches=case.micro_batches)
-        self._batch: Batch | None = None
-
-    def __call__(self, operands: Operands) -> Tensor:
-        if self._batch is None:
-            self._batch = self._made(operands)
-        batch = self._batch
-        if self.case.part == "step":
-            return self.step(batch).loss
-        tokens = batch.tokens if batch.packed is None else batch.packed[0]
-        output = self.engine.module.forward(tokens=tokens, normalize=False)
-        assert output.text_features is not None
-        return text_loss(output.text_features, self.engine.module)
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def _made(self, operands: Operands) -> Batch:
-        rows = operands.tokens.cpu()
-        count = len(rows)
-        part = count // self.case.micro_batches
-        packed = tuple(PackedTokens.pack(few) for few in rows.split(part))
-        return Batch(
-            images=operands.images,
-            tokens=rows,
-            lengths=torch.zeros(count, dtype=torch.int32),
-            ids=None,
-            keys=(),
-            captions=(),
-            metadata=(),
-            packed=packed if self.packed else None,
-        ).to(operands.images.device)
-
-
-class OpenClipStep:
-    """open_clip's model and loss in its own training loop's order, with torch's fused AdamW."""
-
-    def __init__(self, case: StepCase, *, compiled: bool) -> None:
-        from benchmarks.torchvision_beside_cpu import declare_operators
-
-        declare_operators()
-        import open_clip
-        from open_clip.loss import ClipLoss
-
-        from fastclip.models.interop import export_weights
-
-        if case.micro_batches > 1 or case.patch_dropout:
-            raise ValueError("not timed with micro-batches or patch dropout")
-        device = runtime("auto").device
-        with tempfile.TemporaryDirectory() as folder:
-            export_weights(new_model(case), case.config, Path(folder), layout="open_clip")
-            model = open_clip.create_model(f"local-dir:{folder}").to(device).train()
-        self.case = case
-        self.parameters: Any = model
-        self.model: Any = torch.compile(model) if compiled else model
-        self.loss = ClipLoss()
-        self.dtype = AUTOCAST_DTYPES[case.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
-        )
-
-    def __call__(self, operands: Operands) -> Tensor:
-        device = operands.images.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype is not None):
-            if self.case.part == "text":
-                features = self.model.encode_text(operands.tokens.long())
-                return text_loss(features, self.parameters)
-            output = self.model(operands.pixels, operands.tokens.long())
-            if isinstance(output, dict):
-                output = output["image_features"], output["text_features"], output["logit_scale"]
-            loss = self.loss(*output[:3])
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            self.parameters.logit_scale.clamp_(0, 4.6052)
-        return loss.detach()
-
-
-def text_loss(features: Tensor, model: torch.nn.Module) -> Tensor:
-    """Backward of a scalar of the text features; gradients are thrown away."""
-    loss = features.float().square().mean()
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-def new_model(case: StepCase) -> Clip:
-    """The weights that all begin with."""
-    torch.manual_seed(0)
-    return Clip(case.config)
 
 
 def make_operands(case: StepCase, device: torch.device) -> Operands:
@@ -286,11 +90,9 @@ def errors(expected: tuple[float, float], result: Tensor) -> Mapping[str, float 
     return {"loss_error": error}
 
 
-def fastclip(
-    *, packed: bool = True, last_row: bool = True, compiled: bool = False
-) -> Callable[[StepCase], Step]:
-    """Our step with these savings."""
-    return lambda case: FastclipStep(case, packed=packed, last_row=last_row, compiled=compiled)
+def fastclip(**options: Any) -> Callable[[StepCase], Step]:
+    """Our step with these options of `FastclipStep`."""
+    return lambda case: FastclipStep(case, **options)
 
 
 def open_clip(*, compiled: bool) -> Callable[[StepCase], Step]:
@@ -298,22 +100,12 @@ def open_clip(*, compiled: bool) -> Callable[[StepCase], Step]:
     return lambda case: OpenClipStep(case, compiled=compiled)
 
 
-def _flops(config: ClipConfig, part: str, count: Callable[..., float], **options: Any) -> float:
-    """`count` of a pair, or what the text adds to it."""
-    if part == "step":
-        return count(config, **options)
-    from fastclip.flops import vision_flops
-
-    last_row = {k: v for k, v in options.items() if k == "last_row"}
-    return count(config, **options) - 3 * vision_flops(config, **last_row)
-
-
 def work(*, packed: bool, last_row: bool) -> Callable[[StepCase], Work]:
     """Share of the dense arithmetic that is executed."""
 
     def of(case: StepCase) -> Work:
         lengths = case.lengths() if packed else None
-        executed = case.batch * _flops(
+        executed = case.batch * flops(
             case.config,
             case.part,
             executed_flops_per_sample,
@@ -331,10 +123,13 @@ _OURS = {
     "fastclip-all-rows": {"packed": True, "last_row": False},
     "fastclip-padded-all-rows": {"packed": False, "last_row": False},
 }
-_ENGINE: dict[str, Any] = {"needs_cuda": False, "module": "deepspeed", "install": "deepspeed"}
+_DEEPSPEED: dict[str, Any] = {"needs_cuda": False, "module": "deepspeed", "install": "deepspeed"}
 PROVIDERS = (
-    Provider("fastclip-compiled", fastclip(compiled=True), **_ENGINE),
-    *(Provider(name, fastclip(**savings), **_ENGINE) for name, savings in _OURS.items()),
+    Provider("fastclip-compiled", fastclip(compiled=True), needs_cuda=False),
+    *(Provider(name, fastclip(**savings), needs_cuda=False) for name, savings in _OURS.items()),
+    Provider("fastclip-unguarded", fastclip(engine="unguarded"), needs_cuda=False),
+    Provider("fastclip-zero-0", fastclip(engine="zero-0"), **_DEEPSPEED),
+    Provider("fastclip-zero-1", fastclip(engine="zero-1"), **_DEEPSPEED),
     *(
         Provider(
             "open_clip-compiled" if compiled else "open_clip",

@@ -79,7 +79,7 @@ PARTS = (
                 "tests/benchmarks",
                 "tests/tokenizer",
                 "tests/models/test_packing.py",
-                "tests/test_step_guard.py",
+                "tests/engine/test_step_guard.py",
             ),
         ),
         60,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from benchmarks.bench_step import StepCase
+from benchmarks.steps import StepCase
 
 Row = Mapping[str, str]
 OURS = "fastclip"

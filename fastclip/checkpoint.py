@@ -6,7 +6,8 @@ checkpoints/step-00000500/
     fastclip.json                   step, world size, ZeRO stage, loader state (written last)
     model.safetensors  model.json   the whole model in fp32, for evaluation, export and fine-tuning
     rank-00000.pt                   random generators of each rank
-    *_states.pt                     DeepSpeed's own files: parameters, optimiser, loss scale
+    optimizer.safetensors           the optimiser's state, where it is not sharded
+    *_states.pt                     DeepSpeed's own files, where it is
 ```
 
 A checkpoint is written under another name and renamed when every rank is done, so that a killed
@@ -15,6 +16,7 @@ process leaves either the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,21 +24,23 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
 
 from fastclip.distributed.collectives import barrier, broadcast_object
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine import Engine, convert_to_universal
+from fastclip.models.clip import Clip
 
 logger = logging.getLogger("fastclip")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STEP_NAME = re.compile(r"step-(\d{8})")
 
 
@@ -50,15 +54,16 @@ class ResumePoint:
     tag: str
     step: int
     loader_state: dict[str, Any]
+    engine_state: dict[str, Any]
     same_world: bool
     """True when this launch has as many ranks as the one that wrote it: generators are restored."""
 
     load_tag: str
-    """What DeepSpeed loads: the checkpoint itself, or its universal conversion."""
+    """What the engine loads: the checkpoint itself, or its universal conversion."""
 
     @property
     def universal(self) -> bool:
-        """True when DeepSpeed must load the conversion for another world size."""
+        """True when the engine must load the conversion: another world size, stage or engine."""
         return self.load_tag != self.tag
 
 
@@ -94,7 +99,10 @@ def save_checkpoint(
         for stale in directory.glob(".partial-*"):
             shutil.rmtree(stale)
     barrier()
-    engine.save(directory, partial, {"step": step})
+    if runtime.is_main:
+        (directory / partial).mkdir()
+    barrier()
+    engine.save(directory, partial)
     torch.save(_generators(runtime), directory / partial / f"rank-{runtime.rank:05d}.pt")
     weights = engine.full_state_dict()
     barrier()
@@ -106,7 +114,8 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": runtime.world_size,
-            "zero_stage": engine.config.zero_stage,
+            "zero_stage": engine.zero_stage,
+            "engine": engine.state_dict(),
             "loader": loader_state,
             "torch": torch.__version__,
         }
@@ -131,11 +140,12 @@ def find_resume_point(
 ) -> ResumePoint | None:
     """The newest complete checkpoint (or the one named `tag`), None when there is none. Collective.
 
-    A checkpoint of another world size is converted to DeepSpeed's universal form first, by rank 0.
+    A checkpoint of another world size or `zero_stage` (`Engine.zero_stage`) is converted to
+    DeepSpeed's universal form first, by rank 0.
 
     Raises:
         FileNotFoundError: `tag` was asked for and is not a complete checkpoint.
-        ValueError: written with another ZeRO stage, for another model, or by a newer fastclip.
+        ValueError: written for another model, or by another version of fastclip.
     """
     return _decided_by_main(
         runtime,
@@ -163,12 +173,6 @@ def _find_resume_point(
             f"{directory / chosen} has format version {meta['format_version']}; this fastclip "
             f"reads {FORMAT_VERSION}: use the version that wrote it"
         )
-    if meta["zero_stage"] != zero_stage:
-        raise ValueError(
-            f"{directory / chosen} was written with engine.zero_stage={meta['zero_stage']}: resume "
-            f"with that stage, or start a new run from its weights with "
-            f"run.init_from={directory / chosen}"
-        )
     differences = _differences(_read_json(directory / chosen / "model.json"), model_config)
     if differences:
         raise ValueError(
@@ -176,37 +180,62 @@ def _find_resume_point(
             "settings, or choose another run.directory"
         )
     same_world = meta["world_size"] == world_size
+    written_at = meta["zero_stage"]
     load_tag = chosen
-    if not same_world and zero_stage > 0:
+    if written_at != zero_stage or (zero_stage > 0 and not same_world):
         load_tag = f"{chosen}-universal"
         if not (directory / load_tag).is_dir():
             logger.info(
-                "%s was written by %d ranks, this run has %d: converting it",
+                "%s was written by %d rank(s) at ZeRO stage %d, this run has %d at %d: converting",
                 chosen,
                 meta["world_size"],
+                written_at,
                 world_size,
+                zero_stage,
             )
-            convert_to_universal(directory, chosen, load_tag, zero_stage=zero_stage)
-    return ResumePoint(directory, chosen, meta["step"], meta["loader"], same_world, load_tag)
+            source = directory / chosen
+            with _damage_explained(source, source):
+                convert_to_universal(source, directory / load_tag, zero_stage=written_at)
+    return ResumePoint(
+        directory, chosen, meta["step"], meta["loader"], meta["engine"], same_world, load_tag
+    )
+
+
+def load_weights(point: ResumePoint, model: Clip) -> None:
+    """Read the checkpoint's weights and buffers into `model`, before its engine is made.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = point.directory / point.tag / "model.safetensors"
+    with _damage_explained(path, point.directory / point.tag):
+        load_model(model, path)
 
 
 def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> None:
-    """Restore model, optimiser, loss scale and generators. Collective; the engine must be new.
+    """Restore optimiser, loss scale and generators. Collective; the engine must be new.
 
     Raises:
         ValueError: a file is damaged, or holds more than tensors and plain data.
     """
-    path = point.directory / point.load_tag
-    try:
+    with _damage_explained(point.directory / point.load_tag, point.directory / point.tag):
         engine.load(point.directory, point.load_tag)
-        if point.same_world:
-            path = point.directory / point.tag / f"rank-{runtime.rank:05d}.pt"
+    engine.load_state_dict(point.engine_state)
+    if point.same_world:
+        path = point.directory / point.tag / f"rank-{runtime.rank:05d}.pt"
+        with _damage_explained(path, point.directory / point.tag):
             _restore_generators(torch.load(path, weights_only=True), runtime)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+
+
+@contextlib.contextmanager
+def _damage_explained(path: Path, checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be loaded ({reason}): if it is damaged, remove "
-            f"{point.directory / point.tag} to resume from the checkpoint before it"
+            f"{checkpoint} to resume from the checkpoint before it"
         ) from error
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.data.loader import DataConfig
-from fastclip.engine_config import EngineConfig
+from fastclip.engine.config import EngineConfig
 from fastclip.eval.suite import EvalConfig
 from fastclip.models.attention import AttentionConfig
 from fastclip.models.config import ClipConfig

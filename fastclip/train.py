@@ -16,14 +16,20 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from fastclip.checkpoint import ResumePoint, find_resume_point, load_checkpoint, save_checkpoint
+from fastclip.checkpoint import (
+    ResumePoint,
+    find_resume_point,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from fastclip.config import TrainConfig, save_config, to_dict
 from fastclip.data.batch import Batch
 from fastclip.data.loader import TrainLoader
 from fastclip.distributed.collectives import all_gather_integers, any_rank, barrier
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
-from fastclip.engine import Engine
-from fastclip.engine_config import AUTOCAST_DTYPES
+from fastclip.engine import build_engine
+from fastclip.engine.config import AUTOCAST_DTYPES, effective_zero_stage
 from fastclip.eval.suite import format_table, run_suite
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
@@ -107,10 +113,10 @@ class Run:
             check_micro_batching(model, run.micro_batches)
         point = None
         if run.resume:
-            point = find_resume_point(
-                self.checkpoints, runtime, config.engine.zero_stage, to_dict(config.model)
-            )
-        if point is None and run.init_from is not None:
+            point = self._resume_point()
+        if point is not None:
+            load_weights(point, model)
+        elif run.init_from is not None:
             init_from(model, Path(run.init_from))
         model = model.to(runtime.device)
         if runtime.world_size > 1:
@@ -136,14 +142,14 @@ class Run:
         optimizer = build_optimizer(
             parameter_groups(model, config.optim), config.optim, runtime.device
         )
-        self.engine = Engine(
+        self.engine = build_engine(
             model,
             optimizer,
             config.engine,
             runtime,
             micro_batch_size=batch_size // micro_batches,
             micro_batches=micro_batches,
-            load_universal=point is not None and point.universal,
+            universal=point is not None and point.universal,
         )
         torch.manual_seed(run.seed + 1 + runtime.rank)  # ranks drop different patches
         self.train_step = TrainStep(self.engine, config.loss, micro_batches=micro_batches)
@@ -229,8 +235,11 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go back to."""
-        stage, model = self.config.engine.zero_stage, to_dict(self.config.model)
-        return find_resume_point(self.checkpoints, self.runtime, stage, model) is not None
+        return self._resume_point() is not None
+
+    def _resume_point(self) -> ResumePoint | None:
+        stage = effective_zero_stage(self.config.engine, self.runtime.world_size)
+        return find_resume_point(self.checkpoints, self.runtime, stage, to_dict(self.config.model))
 
     def close(self) -> None:
         """Stop the loader's threads, release the engine."""
@@ -253,9 +262,12 @@ class Run:
             f"{parameters / 1e6:.1f} M parameters, {self.loader.samples_per_epoch:,} pairs, "
             f"{self.total_steps:,} steps of {config.run.global_batch_size:,} pairs on "
             f"{runtime.world_size} rank(s) of {runtime.device.type}, {config.engine.precision}, "
-            f"ZeRO {config.engine.zero_stage}, {config.data.text} texts, attention by "
-            f"{self._attention()}"
+            f"{self._engine()}, {config.data.text} texts, attention by {self._attention()}"
         )
+
+    def _engine(self) -> str:
+        sharded = self.engine.name == "deepspeed"
+        return f"ZeRO {self.engine.zero_stage}" if sharded else f"{self.engine.name} engine"
 
     def _attention(self) -> str:
         model = self.engine.module

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from fastclip.data.batch import Batch
 from fastclip.engine import Engine
+from fastclip.engine.step_guard import StepInfo
 from fastclip.losses import (
     MEMORY_BUDGET,
     LossGradients,
@@ -25,7 +26,6 @@ from fastclip.losses import (
 )
 from fastclip.models.clip import Clip, ClipOutput
 from fastclip.ops.dispatch import Impl
-from fastclip.step_guard import StepInfo
 from fastclip.tokenizer.packing import PackedTokens
 
 

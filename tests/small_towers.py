@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import nn
 
+from fastclip.engine import EngineConfig
 from fastclip.models.clip import ClipOutput
+
+Place = Literal["plain", 0, 1, 2, 3]
+"""The plain engine, or DeepSpeed at a ZeRO stage."""
+
+
+def engine_config(place: Place, **settings: Any) -> EngineConfig:
+    """Settings that get exactly this engine."""
+    if place == "plain":
+        return EngineConfig(backend="plain", **settings)
+    return EngineConfig(backend="deepspeed", zero_stage=place, **settings)
 
 
 class Towers(nn.Module):

@@ -54,7 +54,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def _find(run: Path, tag: str | None = None):
     config = load_config(run / "config.json")
-    return find_resume_point(run / "checkpoints", ALONE, 1, to_dict(config.model), tag)
+    return find_resume_point(run / "checkpoints", ALONE, 0, to_dict(config.model), tag)
 
 
 def test_the_newest_are_kept_and_pointed_at(run: Path) -> None:
@@ -85,7 +85,7 @@ def test_half_written_checkpoints_do_not_count(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine.zero_stage=2"], "written with engine.zero_stage=1"),
+        (["optim.algorithm=muon"], "needs engine.backend=deepspeed"),
         (["run.seed=9"], "set run.seed=0"),
         (["model.text.width=64"], "holds another model (model.text.width is 128 there and 64"),
     ],
@@ -101,7 +101,7 @@ def test_settings_that_do_not_continue_a_run(
 
 def test_damaged_files_are_named(run: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     newest = run / "checkpoints" / step_tag(6)
-    (state,) = newest.glob("*optim_states.pt")
+    state = newest / "optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     assert _train(data, run, "run.steps=8") == 1
     assert f"remove {newest} to resume from the checkpoint before it" in capsys.readouterr().err
@@ -121,17 +121,39 @@ class _Harmful:
         return (print, ("code from a checkpoint ran",))
 
 
-@pytest.mark.parametrize("name", ["rank-00000.pt", "mp_rank_00_model_states.pt"])
+@pytest.fixture(scope="module")
+def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("sharded") / "run"
+    assert _train(data, run, "engine.backend=deepspeed", "run.steps=2") == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    "name", ["rank-00000.pt", "mp_rank_00_model_states.pt", "*optim_states.pt"]
+)
+@pytest.mark.parametrize("backend", ["deepspeed", "plain"])
 def test_checkpoints_cannot_run_code(
-    run: Path, data: Path, capfd: pytest.CaptureFixture, name: str
+    sharded: Path,
+    tmp_path: Path,
+    data: Path,
+    capfd: pytest.CaptureFixture,
+    name: str,
+    backend: str,
 ) -> None:
-    path = run / "checkpoints" / step_tag(6) / name
-    assert path.is_file()
+    run = Path(shutil.copytree(sharded, tmp_path / "run"))
+    (path,) = (run / "checkpoints" / step_tag(2)).glob(name)
     torch.save({"module": _Harmful()}, path, pickle_module=pickle)
-    assert _train(data, run, "run.steps=8") == 1
+    assert _train(data, run, "run.steps=4", f"engine.backend={backend}") == 1
     output = capfd.readouterr()
     assert "code from a checkpoint ran" not in output.out + output.err
     assert "cannot be loaded" in output.err
+
+
+def test_a_run_goes_on_under_another_engine(sharded: Path, tmp_path: Path, data: Path) -> None:
+    run = Path(shutil.copytree(sharded, tmp_path / "run"))
+    assert _train(data, run, "run.steps=4") == 0
+    assert _train(data, run, "run.steps=6", "engine.backend=deepspeed", "engine.zero_stage=3") == 0
+    assert complete_checkpoints(run / "checkpoints") == [step_tag(4), step_tag(6)]
 
 
 def test_newer_formats_are_refused(run: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastclip.data.batch import Batch
-from fastclip.engine import Engine
-from fastclip.engine_config import EngineConfig
+from fastclip.engine import EngineConfig, build_engine
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
 from fastclip.tokenizer.packing import PackedTokens
@@ -79,10 +78,10 @@ def _replayed(runtime):
             gradients.append({n: p.grad for n, p in model.named_parameters()})
             continue
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        engine = Engine(
+        engine = build_engine(
             model,
             optimizer,
-            EngineConfig(zero_stage=0, precision="fp32"),
+            EngineConfig(precision="fp32"),
             runtime,
             micro_batch_size=2,
             micro_batches=4,

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.data.batch import Batch
-from fastclip.engine import Engine
-from fastclip.engine_config import EngineConfig
+from fastclip.engine import build_engine
 from fastclip.models.attention import AttentionConfig
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig, ViTConfig
@@ -27,6 +26,7 @@ from fastclip.models.layers import convert_sync_batch_norm
 from fastclip.tokenizer.packing import PackedTokens
 from fastclip.train_step import LossConfig, TrainStep
 from ranks import run_ranks
+from small_towers import Place, engine_config
 
 BETA1 = 0.9
 PLAIN_LOSS = LossConfig()
@@ -151,17 +151,17 @@ def _reference(case: Case) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), gradients
 
 
-def _step(runtime: Any, case: Case, stage: int) -> tuple[float, dict[str, Tensor]]:
+def _step(runtime: Any, case: Case, place: Place) -> tuple[float, dict[str, Tensor]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     first = sum(case.pairs[: runtime.rank])
     model = convert_sync_batch_norm(_model(case), None)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(BETA1, 0.98))
-    engine = Engine(
+    engine = build_engine(
         model.train(),
         optimizer,
-        EngineConfig(zero_stage=stage, precision="fp32"),  # pyright: ignore[reportArgumentType]
+        engine_config(place, precision="fp32"),
         runtime,
         micro_batch_size=2,
         micro_batches=case.micro_batches,
@@ -172,7 +172,7 @@ def _step(runtime: Any, case: Case, stage: int) -> tuple[float, dict[str, Tensor
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if stage == 0:
+        if engine.zero_stage == 0:
             moment = optimizer.state[parameter]["exp_avg"]
         else:
             moment = safe_get_full_optimizer_state(parameter, "exp_avg")
@@ -183,26 +183,28 @@ def _step(runtime: Any, case: Case, stage: int) -> tuple[float, dict[str, Tensor
     return loss, moments
 
 
-def _errors_on_ranks(runtime: Any, stages: tuple[int, ...]) -> list[tuple[str, int, float, float]]:
+def _errors_on_ranks(
+    runtime: Any, places: tuple[Place, ...]
+) -> list[tuple[str, Place, float, float]]:
     rows = []
     for case in _cases(runtime.world_size):
         expected_loss, expected = _reference(case)
         whole = math.sqrt(sum(float(g.norm()) ** 2 for g in expected.values()))
-        for stage in stages:
-            loss, gradients = _step(runtime, case, stage)
+        for place in places:
+            loss, gradients = _step(runtime, case, place)
             assert gradients.keys() == expected.keys()
             worst = max(
                 float((gradients[n] - g).norm()) / max(float(g.norm()), 1e-6 * whole)
                 for n, g in expected.items()
             )
-            rows.append((case.name, stage, abs(loss - expected_loss) / expected_loss, worst))
+            rows.append((case.name, place, abs(loss - expected_loss) / expected_loss, worst))
     return rows
 
 
 @pytest.mark.parametrize(
-    ("world_size", "stages"),
+    ("world_size", "places"),
     [
-        (1, (0, 1, 2, 3)),
+        (1, ("plain", 0, 1, 2, 3)),
         (2, (0, 1, 2, 3)),
         (3, (1, 3)),
         (4, (1, 3)),
@@ -210,27 +212,27 @@ def _errors_on_ranks(runtime: Any, stages: tuple[int, ...]) -> list[tuple[str, i
         pytest.param(4, (0, 2), marks=pytest.mark.slow),
     ],
 )
-def test_gradients_equal_the_single_process(world_size, stages, tmp_path):
-    for rows in run_ranks(_errors_on_ranks, world_size, tmp_path, stages):
-        for name, stage, loss_error, gradient_error in rows:
-            print(f"W={world_size} ZeRO {stage} {name}: {loss_error:.1e} {gradient_error:.1e}")
-            assert loss_error < 1e-5, (name, stage)
-            assert gradient_error < 1e-5, (name, stage)
+def test_gradients_equal_the_single_process(world_size, places, tmp_path):
+    for rows in run_ranks(_errors_on_ranks, world_size, tmp_path, places):
+        for name, place, loss_error, gradient_error in rows:
+            print(f"W={world_size} {place} {name}: {loss_error:.1e} {gradient_error:.1e}")
+            assert loss_error < 1e-5, (name, place)
+            assert gradient_error < 1e-5, (name, place)
 
 
-def _recover(runtime: Any, stages: tuple[int, ...]) -> list[list[float]]:
-    """For each stage, the logit scales of steps that begin above the temperature's bound."""
+def _recover(runtime: Any, places: tuple[Place, ...]) -> list[list[float]]:
+    """For each engine, the logit scales of steps that begin above the temperature's bound."""
     case = Case("above the bound", VIT, (6,) * runtime.world_size, temperature=4.7)
     batch = _batch(case, slice(6 * runtime.rank, 6 * runtime.rank + 6))
     scales = []
-    for stage in stages:
+    for place in places:
         model = _model(case)
         model.visual.requires_grad_(False)
         model.text.requires_grad_(False)
-        engine = Engine(
+        engine = build_engine(
             model.train(),
             torch.optim.AdamW([model.logit_scale], lr=0.05, weight_decay=0.0),
-            EngineConfig(zero_stage=stage, precision="fp32"),  # pyright: ignore[reportArgumentType]
+            engine_config(place, precision="fp32"),
             runtime,
             micro_batch_size=6,
         )
@@ -240,10 +242,10 @@ def _recover(runtime: Any, stages: tuple[int, ...]) -> list[list[float]]:
     return scales
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_temperature_recovers_from_above_its_bound(world_size, tmp_path):
-    for stages in run_ranks(_recover, world_size, tmp_path, (0, 1, 2, 3)):
-        for scales in stages:
+@pytest.mark.parametrize(("world_size", "places"), [(1, ("plain", 0, 1, 2, 3)), (2, (0, 1, 2, 3))])
+def test_temperature_recovers_from_above_its_bound(world_size, places, tmp_path):
+    for rows in run_ranks(_recover, world_size, tmp_path, places):
+        for scales in rows:
             assert scales[0] == scales[1] == pytest.approx(100.0)  # e^4.7 and e^4.65 are beyond
             assert scales[-1] < 90.0
             assert scales == sorted(scales, reverse=True)

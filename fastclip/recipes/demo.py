@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastclip.config import RunConfig, TrainConfig
 from fastclip.data.loader import DataConfig
-from fastclip.engine_config import EngineConfig
+from fastclip.engine.config import EngineConfig
 from fastclip.eval.retrieval import RetrievalTask
 from fastclip.eval.suite import EvalConfig
 from fastclip.eval.zero_shot import ZeroShotTask

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fastclip.config import RunConfig, TrainConfig
 from fastclip.data.loader import DataConfig
-from fastclip.engine_config import EngineConfig
+from fastclip.engine.config import EngineConfig
 from fastclip.models.presets import preset
 from fastclip.optim import OptimConfig
 

@@ -2,7 +2,7 @@
 
 from fastclip.config import RunConfig, TrainConfig
 from fastclip.data.loader import DataConfig
-from fastclip.engine_config import EngineConfig
+from fastclip.engine.config import EngineConfig
 from fastclip.models.presets import preset
 from fastclip.optim import OptimConfig
 

@@ -10,9 +10,9 @@ import pytest
 from benchmarks import table
 from benchmarks.bench_contrastive import BENCHMARK
 from benchmarks.bench_step import BENCHMARK as STEP
-from benchmarks.bench_step import StepCase
 from benchmarks.cases import CONTRASTIVE_SETS, Case
 from benchmarks.record import ROOT, Record
+from benchmarks.steps import StepCase
 
 HEADLINE = CONTRASTIVE_SETS["headline"][0]
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastclip.engine import Engine, EngineConfig
+from fastclip.engine import EngineConfig, build_engine
 from fastclip.models.clip import Clip, ClipOutput
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from fastclip.models.layers import convert_sync_batch_norm
@@ -49,7 +49,7 @@ def _beside_plain_torch(runtime, config: ClipConfig, zero_stage: int) -> float:
     reference = copy.deepcopy(model)
     convert_sync_batch_norm(model)
     model.set_activation_checkpointing(vision=True, text=True)
-    engine = Engine(
+    engine = build_engine(
         model,
         _optimizer(model),
         EngineConfig(zero_stage=zero_stage, precision="fp32"),  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip.engine_config import EngineConfig
+from fastclip.engine.config import EngineConfig
 
 _STEPS_TO_KNOW = 20
 """Good updates before a norm can be called unusual."""

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Literal
 
 import pytest
 import torch
 
-from fastclip.engine import Engine
-from fastclip.engine_config import EngineConfig, Precision, deepspeed_settings
+from fastclip.engine import build_engine
+from fastclip.engine.config import (
+    EngineConfig,
+    Precision,
+    choose_backend,
+    deepspeed_settings,
+    effective_zero_stage,
+)
 from ranks import run_ranks
-from small_towers import Towers, adamw, product_loss
+from small_towers import Place, Towers, adamw, engine_config, product_loss
 
 
 def _train_beside_torch(
-    runtime, stage: Literal[0, 1, 2, 3], precision: Precision, micro_batches: int, clipping: float
+    runtime, place: Place, precision: Precision, micro_batches: int, clipping: float
 ):
-    """Four steps under DeepSpeed and under plain torch; step 1 overflows when scaled."""
+    """Four steps under an engine and under plain torch; step 1 overflows when scaled."""
     torch.manual_seed(0)
     model, reference = Towers(), Towers()
     reference.load_state_dict(model.state_dict())
-    config = EngineConfig(
-        zero_stage=stage,
+    config = engine_config(
+        place,
         precision=precision,
         initial_loss_scale=1024.0,
         gradient_clipping=clipping,
     )
-    engine = Engine(
+    engine = build_engine(
         model,  # pyright: ignore[reportArgumentType]
         adamw(model),
         config,
@@ -78,12 +83,16 @@ CASES: tuple[tuple[Precision, int, float], ...] = (
 )
 
 
+PLACES: tuple[Place, ...] = ("plain", 0, 1, 2, 3)
+
+
 def _all_cases(runtime):
     return {
-        (stage, precision, parts, clipping): _train_beside_torch(
-            runtime, stage, precision, parts, clipping
+        (place, precision, parts, clipping): _train_beside_torch(
+            runtime, place, precision, parts, clipping
         )
-        for stage in (0, 1, 2, 3)
+        for place in PLACES
+        if place != "plain" or runtime.world_size == 1
         for precision, parts, clipping in CASES
     }
 
@@ -92,9 +101,9 @@ def _all_cases(runtime):
 def test_engine_steps_like_plain_torch(world_size, tmp_path):
     results = run_ranks(_all_cases, world_size, tmp_path)
     for rank in range(world_size):
-        for (stage, precision, parts, clipping), result in results[rank].items():
+        for (place, precision, parts, clipping), result in results[rank].items():
             difference, norms, applied, scale = result
-            case = f"ZeRO {stage} {precision} {parts} micro-batches clipping {clipping}"
+            case = f"{place} {precision} {parts} micro-batches clipping {clipping}"
             assert difference < 2e-7, case
             overflowed = precision == "fp16"
             assert applied == [True, not overflowed, True, True], case
@@ -104,12 +113,12 @@ def test_engine_steps_like_plain_torch(world_size, tmp_path):
             assert not overflowed or norms[1] == math.inf
 
 
-def _misuse(runtime):
+def _misuse(runtime, place: Place):
     model = Towers()
-    engine = Engine(
+    engine = build_engine(
         model,  # pyright: ignore[reportArgumentType]
         adamw(model),
-        EngineConfig(precision="fp32", max_skipped_steps=2),
+        engine_config(place, precision="fp32", max_skipped_steps=2),
         runtime,
         micro_batch_size=2,
         micro_batches=2,
@@ -130,8 +139,9 @@ def _misuse(runtime):
     return messages
 
 
-def test_divergence_and_misuse_are_errors(tmp_path):
-    (messages,) = run_ranks(_misuse, 1, tmp_path)
+@pytest.mark.parametrize("place", ["plain", 1])
+def test_divergence_and_misuse_are_errors(place, tmp_path):
+    (messages,) = run_ranks(_misuse, 1, tmp_path, place)
     assert len(messages) == 1
     assert "2 updates in a row" in messages[0]
 
@@ -184,3 +194,34 @@ def test_broken_deepspeed_json_names_the_file(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"ds\.json"):
         _settings(EngineConfig(deepspeed_json=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        ({}, 1, "plain"),
+        ({}, 2, "deepspeed"),
+        ({"backend": "deepspeed"}, 1, "deepspeed"),
+        ({"deepspeed_json": "settings.json"}, 1, "deepspeed"),
+        ({"outlier_factor": 3.0}, 1, "plain"),
+        ({"outlier_factor": 3.0, "zero_stage": 0}, 2, "deepspeed"),
+    ],
+)
+def test_the_engine_follows_the_number_of_ranks(settings, ranks, expected):
+    config = EngineConfig(**settings)
+    assert choose_backend(config, ranks) == expected
+    assert effective_zero_stage(config, ranks) == (0 if expected == "plain" else config.zero_stage)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "message"),
+    [
+        ({"backend": "plain"}, 2, "is for one rank, not 2"),
+        ({"outlier_factor": 3.0}, 2, "outlier_factor needs engine.zero_stage=0"),
+        ({"backend": "torch"}, 1, "auto, plain or deepspeed"),
+        ({"backend": "plain", "deepspeed_json": "x.json"}, 1, "deepspeed_json needs"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_an_error(settings, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        choose_backend(EngineConfig(**settings), ranks)

@@ -60,6 +60,9 @@ OWNED_KEYS = {
 class EngineConfig:
     """How a step is distributed and in which precision it runs."""
 
+    backend: Literal["auto", "plain", "deepspeed"] = "auto"
+    """What runs a step: auto is plain PyTorch on one rank, and DeepSpeed on several."""
+
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Sharded over the ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too."""
 
@@ -85,6 +88,10 @@ class EngineConfig:
     """Path of a JSON file with further DeepSpeed settings; keys fastclip owns are refused."""
 
     def __post_init__(self) -> None:
+        if self.backend not in ("auto", "plain", "deepspeed"):
+            raise ValueError(f"engine.backend is auto, plain or deepspeed, not {self.backend!r}")
+        if self.backend == "plain" and self.deepspeed_json is not None:
+            raise ValueError("engine.deepspeed_json needs engine.backend=deepspeed")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is 0, 1, 2 or 3, not {self.zero_stage!r}")
         if self.precision not in AUTOCAST_DTYPES:
@@ -103,13 +110,35 @@ class EngineConfig:
             raise ValueError(
                 f"engine.outlier_factor is above 1, or 0 for none, not {self.outlier_factor}"
             )
-        if self.outlier_factor and self.zero_stage:
-            raise ValueError(
-                "engine.outlier_factor needs engine.zero_stage=0: DeepSpeed's sharded optimisers "
-                "know the norm only when they have stepped"
-            )
         if self.max_skipped_steps < 1:
             raise ValueError("engine.max_skipped_steps is at least 1")
+
+
+def choose_backend(config: EngineConfig, world_size: int) -> Literal["plain", "deepspeed"]:
+    """The engine that a run of `world_size` ranks gets.
+
+    Raises:
+        ValueError: the settings ask for what that engine cannot do.
+    """
+    if config.backend == "plain" and world_size > 1:
+        raise ValueError(
+            f"engine.backend=plain is for one rank, not {world_size}: leave it at auto"
+        )
+    alone = world_size == 1 and config.deepspeed_json is None
+    backend = config.backend
+    if backend == "auto":
+        backend = "plain" if alone else "deepspeed"
+    if backend == "deepspeed" and config.outlier_factor and config.zero_stage:
+        raise ValueError(
+            "engine.outlier_factor needs engine.zero_stage=0: DeepSpeed's sharded optimisers know "
+            "the norm only when they have stepped"
+        )
+    return backend
+
+
+def effective_zero_stage(config: EngineConfig, world_size: int) -> int:
+    """The stage at which states are kept: on the plain engine nothing is sharded."""
+    return 0 if choose_backend(config, world_size) == "plain" else config.zero_stage
 
 
 def deepspeed_settings(

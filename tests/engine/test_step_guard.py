@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from fastclip.engine import Engine
-from fastclip.engine_config import EngineConfig
-from fastclip.step_guard import LossScale, StepGuard
+from fastclip.engine import build_engine
+from fastclip.engine.config import EngineConfig
+from fastclip.engine.step_guard import LossScale, StepGuard
 from ranks import run_ranks
-from small_towers import Towers, adamw, product_loss
+from small_towers import Place, Towers, adamw, engine_config, product_loss
 
 BAD = {2: math.inf, 3: math.nan, 7: -math.inf, 11: math.nan}
 STEPS = 14
@@ -28,14 +27,14 @@ def test_loss_scale_doubles_after_a_window_and_halves_at_an_overflow():
     assert other.state_dict() == scale.state_dict() == {"value": 16.0, "good_steps": 0}
 
 
-def _poisoned(runtime, stage: int, fused: bool, precision: str):
+def _poisoned(runtime, place: Place, fused: bool, precision: str):
     """Parameters before and after each step, which of them were applied, and the count."""
     torch.manual_seed(0)
     model = Towers()
-    engine = Engine(
+    engine = build_engine(
         model,  # pyright: ignore[reportArgumentType]
         adamw(model, fused),
-        EngineConfig(zero_stage=stage, precision=precision, initial_loss_scale=4.0),  # pyright: ignore[reportArgumentType]
+        engine_config(place, precision=precision, initial_loss_scale=4.0),
         runtime,
         micro_batch_size=4,
     )
@@ -58,8 +57,16 @@ def _poisoned(runtime, stage: int, fused: bool, precision: str):
 
 
 def _all_poisoned(runtime):
-    cases = [(0, True, "fp32"), (0, True, "fp16"), (0, False, "fp16"), (1, True, "fp16")]
-    cases += [(2, True, "fp32"), (3, True, "fp32")]
+    cases: list[tuple[Place, bool, str]] = [
+        (0, True, "fp32"),
+        (0, True, "fp16"),
+        (0, False, "fp16"),
+        (1, True, "fp16"),
+        (2, True, "fp32"),
+        (3, True, "fp32"),
+    ]
+    if runtime.world_size == 1:
+        cases.extend([("plain", True, "fp32"), ("plain", True, "fp16"), ("plain", False, "fp16")])
     return {case: _poisoned(runtime, *case) for case in cases}
 
 
@@ -101,39 +108,6 @@ def test_too_many_skipped_updates_in_a_row_are_an_error():
     assert int(guard.skipped_steps) == 5
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"outlier_factor": 0.5, "zero_stage": 0}, "is above 1"),
-        ({"outlier_factor": 5.0}, r"needs engine\.zero_stage=0"),
-    ],
-)
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(ValueError, match=message):
-        EngineConfig(**settings)
-
-
-@pytest.mark.gpu
-def test_nothing_waits_for_the_device():
-    device = torch.device("cuda")
-    config = EngineConfig(zero_stage=0, outlier_factor=10.0)
-    guard = StepGuard(config, device)
-    scale = LossScale(8.0, 2, enabled=True, device=device)
-    layer = nn.Linear(64, 64, device=device)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)
-    data = torch.randn(8, 64, device=device)
-    (layer(data).sum() * scale.value).backward()
-    optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        (layer(data).sum() * scale.value).backward()
-        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / scale.value
-        good = guard.judge(norm)
-        optimizer.grad_scale, optimizer.found_inf = scale.value, (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
-        scale.update(~good)
-        guard.count(good)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    guard.raise_if_diverged()
+def test_an_outlier_is_above_the_usual():
+    with pytest.raises(ValueError, match="is above 1"):
+        EngineConfig(outlier_factor=0.5)

@@ -1,9 +1,7 @@
-"""DeepSpeed behind one small face: ZeRO 0–3, world size 1 included. The sole importer of deepspeed.
+"""DeepSpeed behind the engines' face: ZeRO 0–3. The sole importer of deepspeed.
 
-Parameters live in fp32 and DeepSpeed runs in its fp32 mode at every stage; reduced precision is
-torch autocast inside the model's forward. Two reasons: the temperature must stay fp32 in every
-mode, and DeepSpeed's own autocast mode keeps one gradient scaler per rank, so that fp16 ranks can
-disagree on whether a step was skipped. The dynamic loss scale for fp16 is therefore kept here, the
+It runs in its fp32 mode at every stage. Its own autocast mode keeps one gradient scaler per rank,
+so that fp16 ranks can disagree on whether a step was skipped; the loss scale is therefore ours, the
 same on all ranks.
 """
 
@@ -17,29 +15,27 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from fastclip.distributed.runtime import Runtime
-from fastclip.engine_config import AUTOCAST_DTYPES, EngineConfig, deepspeed_settings
+from fastclip.engine import whole_state
+from fastclip.engine.base import Engine, on_the_host
+from fastclip.engine.config import EngineConfig, deepspeed_settings
+from fastclip.engine.step_guard import StepInfo
 from fastclip.models.clip import Clip, ClipOutput
-from fastclip.step_guard import LossScale, StepGuard, StepInfo
 from fastclip.tokenizer.packing import PackedTokens
 
 logger = logging.getLogger("fastclip")
 
 
-class Engine:
-    """A model and its optimiser under DeepSpeed.
+class DeepSpeedEngine(Engine):
+    """A model and its optimiser under DeepSpeed, on any number of ranks."""
 
-    One optimiser step is: for each micro-batch `forward`, then `backward` on its loss; after the
-    last one `step`. Gradients of the micro-batches add up (they are not averaged over them), and
-    are averaged over ranks, which is what the losses' rank convention expects.
-    """
+    name: ClassVar[str] = "deepspeed"
 
     def __init__(
         self,
@@ -50,19 +46,10 @@ class Engine:
         *,
         micro_batch_size: int,
         micro_batches: int = 1,
-        load_universal: bool = False,
+        universal: bool = False,
     ) -> None:
         deepspeed = import_deepspeed(runtime)
-        self.config = config
-        self.runtime = runtime
-        self.micro_batches = micro_batches
-        # DeepSpeed's sharded optimisers ask the host for the scale, and tell it the norm.
-        where = runtime.device if config.zero_stage == 0 else torch.device("cpu")
-        self.loss_scale = LossScale(
-            config.initial_loss_scale, config.loss_scale_window, config.precision == "fp16", where
-        )
-        self.guard = StepGuard(config, where)
-        self._backwards = 0
+        super().__init__(model, config, runtime, micro_batches, config.zero_stage)
         settings = deepspeed_settings(
             config,
             micro_batch_size=micro_batch_size,
@@ -70,9 +57,8 @@ class Engine:
             world_size=runtime.world_size,
             on_cuda=runtime.device.type == "cuda",
             zero_keys=known_zero_keys(),
-            load_universal=load_universal,
+            load_universal=universal and config.zero_stage > 0,
         )
-        model.autocast_dtype = AUTOCAST_DTYPES[config.precision]
         self._open = contextlib.ExitStack()
         # DeepSpeed reads a launcher's variable all its life, also where there is no launcher.
         self._open.enter_context(_environment("LOCAL_RANK", str(runtime.local_rank)))
@@ -85,130 +71,77 @@ class Engine:
 
     @property
     def module(self) -> Clip:
-        """The model. Under ZeRO-3 its parameters are empty outside its own forward."""
         return self._engine.module
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser inside; its `param_groups` carry the learning rates."""
         return self._engine.basic_optimizer
 
     def forward(self, images: Tensor | None, tokens: Tensor | PackedTokens | None) -> ClipOutput:
-        """Run the towers; see `Clip.forward` for shapes."""
         return self._engine(images=images, tokens=tokens)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's `loss` (shape []) to those of the others."""
-        self._backwards += 1
-        if self._backwards > self.micro_batches:
-            raise RuntimeError(
-                f"backward call {self._backwards} of a step with {self.micro_batches} micro-batches"
-            )
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
         if self.loss_scale.enabled:
-            if self.config.zero_stage == 0:
+            if self.zero_stage == 0:
                 loss = loss * self.loss_scale.value
             else:
                 self._engine.optimizer.override_loss_scale(float(self.loss_scale.value))
-        with record_function("fastclip::backward"):
-            self._engine.backward(loss, scale_wrt_gas=False)
-        if self._backwards < self.micro_batches:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
             self._engine.step()  # DeepSpeed counts micro-steps; nothing is updated before the last
 
-    def step(self) -> StepInfo:
-        """Update the parameters; a step whose gradient is not finite is skipped on every rank.
-
-        Without sharding and with torch's fused AdamW nothing here waits for the device.
-        """
-        if self._backwards != self.micro_batches:
-            raise RuntimeError(
-                f"step after {self._backwards} of {self.micro_batches} micro-batches: call "
-                "backward for each of them first"
-            )
-        self._backwards = 0
-        with record_function("fastclip::update"):
-            info = self._step_sharded() if self.config.zero_stage else self._step_unsharded()
-        self.loss_scale.update(~info.applied)
-        self.guard.count(info.applied)
-        return info
-
-    def _step_sharded(self) -> StepInfo:
+    def _update(self) -> StepInfo:
+        if self.zero_stage == 0:
+            # DeepSpeed steps a plain optimiser; unscaling, clipping and the check are ours.
+            info = self._prepare_unsharded_update()
+            self._engine.step()
+            return info
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return StepInfo(torch.tensor(norm), torch.tensor(not self._engine.optimizer.overflow))
 
-    def _step_unsharded(self) -> StepInfo:
-        """ZeRO 0: DeepSpeed steps a plain optimiser; unscaling, clipping and the check are ours."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale.value
-        good = self.guard.judge(norm)
-        divisor = self.loss_scale.value if self.loss_scale.enabled else None
-        if self.config.gradient_clipping > 0:
-            excess = ((norm + 1e-6) / self.config.gradient_clipping).clamp(min=1.0)
-            divisor = excess if divisor is None else divisor * excess
-        optimizer: Any = self.optimizer
-        if type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]:
-            # The update's own kernels divide by one, and do nothing where the other is 1.
-            vars(optimizer).update(grad_scale=divisor, found_inf=(~good).float())
-        elif not bool(good):
-            for parameter in parameters:
-                parameter.grad = None  # an optimiser step without gradients changes nothing
-        elif divisor is not None:
-            for gradient in gradients:
-                gradient.div_(divisor)
-        self._engine.step()
-        return StepInfo(torch.where(norm.isfinite(), norm, torch.inf), good)
+    def save(self, directory: Path, tag: str) -> None:
+        if self.zero_stage:
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        elif self.runtime.is_main:
+            whole_state.save(directory / tag, self.module, self.optimizer)
 
-    def raise_if_diverged(self) -> None:
-        """Raise FloatingPointError if too many updates in a row were skipped; waits for them."""
-        self.guard.raise_if_diverged()
-
-    def save(self, directory: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write DeepSpeed's files into `directory/tag`. Collective; `state` holds plain data."""
-        own = {"fastclip": state, "loss_scale": self.loss_scale.state_dict()}
-        own["guard"] = self.guard.state_dict()
-        self._engine.save_checkpoint(str(directory), tag=tag, client_state=own, save_latest=False)
-
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Restore what `save` wrote and return its `state`. Collective; the engine must be new."""
+    def load(self, directory: Path, tag: str) -> None:
+        if self.zero_stage == 0:
+            whole_state.load(directory / tag, self.module, self.optimizer)
+            return
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         with weights_only_loading():
-            path, own = self._engine.load_checkpoint(str(directory), tag=tag)
-        if path is None or own is None:
+            path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
             raise FileNotFoundError(
                 f"{directory / tag} is no complete DeepSpeed checkpoint for ZeRO stage "
-                f"{self.config.zero_stage}"
+                f"{self.zero_stage}"
             )
-        # The configuration says what each group's settings are. (From a universal checkpoint
-        # DeepSpeed 0.19.8 gives every group those of the first under ZeRO-3, decay of biases
-        # included, and lets all parameters share one tensor as their count of steps.)
+        # The configuration says what each group's settings are, and under ZeRO-3 DeepSpeed 0.19.8
+        # lets all parameters of a universal checkpoint share one tensor as their count of steps.
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
         for state in self.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
-        self.loss_scale.load_state_dict(own["loss_scale"])
-        self.guard.load_state_dict(own["guard"])
-        return own["fastclip"]
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
-        """The whole model in fp32 on the CPU: on rank 0 a dict, elsewhere None. Collective."""
         import deepspeed
 
-        sharded = self.config.zero_stage == 3
         full: dict[str, Tensor] = {}
         parameters = dict(self.module.named_parameters())
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             # One parameter at a time, so that ZeRO-3 never holds the whole model on one device.
             gathered = (
                 deepspeed.zero.GatheredParameters([parameters[name]])
-                if sharded and name in parameters
+                if self.zero_stage == 3 and name in parameters
                 else contextlib.nullcontext()
             )
             with gathered:
                 if self.runtime.is_main:
-                    full[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                    full[name] = on_the_host(tensor)
         return full if self.runtime.is_main else None
 
     def close(self) -> None:
@@ -225,7 +158,8 @@ def import_deepspeed(runtime: Runtime) -> Any:
         import deepspeed
     except ImportError as error:
         raise ImportError(
-            "fastclip train needs DeepSpeed: pip install 'fastclip-torch[train]'"
+            "training on several ranks, or with engine.backend=deepspeed, needs DeepSpeed: "
+            "pip install 'fastclip-torch[train]'"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that newer torch has renamed, once per step.
@@ -296,24 +230,40 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def convert_to_universal(directory: Path, tag: str, output_tag: str, *, zero_stage: int) -> None:
-    """Rewrite a checkpoint so that any world size can load it. One process; a few seconds.
+def merge_shards(source: Path, output: Path, *, zero_stage: int) -> Tensor:
+    """Make the universal form of a sharded checkpoint; returns the number of updates it had.
+
+    One process; a few seconds.
 
     Raises:
-        FileNotFoundError: `directory/tag` does not exist.
+        ValueError: the optimiser's state is not Adam's, which is all that DeepSpeed converts.
     """
-    if not (directory / tag).is_dir():
-        raise FileNotFoundError(f"no checkpoint {directory / tag}")
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = argparse.Namespace(
-        input_folder=str(directory / tag),
-        output_folder=str(directory / output_tag),
+        input_folder=str(source),
+        output_folder=str(output),
         num_extract_workers=1,  # one worker runs in this process: no fork beside gloo's threads
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=zero_stage in (1, 2),
     )
-    with weights_only_loading(), contextlib.redirect_stdout(io.StringIO()):
-        ds_to_universal.main(arguments)
+    silence = io.StringIO()
+    with (
+        weights_only_loading(),
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
+        try:
+            ds_to_universal.main(arguments)
+        except KeyError as error:
+            raise ValueError(
+                f"{source} holds an optimiser state without {error}: it can only be resumed with "
+                "the engine.zero_stage and the number of ranks that wrote it"
+            ) from error
+        steps = sorted((output / "zero").glob("*/step.pt"))
+        if steps:
+            return torch.as_tensor(torch.load(steps[0]))
+        states = torch.load(output / "zero" / "optimizer_state.pt")["optimizer_state_dict"]["state"]
+        return torch.as_tensor(states[0]["step"])

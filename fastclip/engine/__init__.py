@@ -1,0 +1,77 @@
+"""What runs a step: plain PyTorch on one rank, DeepSpeed on several, behind one face."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fastclip.distributed.runtime import Runtime
+from fastclip.engine import universal, whole_state
+from fastclip.engine.base import Engine
+from fastclip.engine.config import EngineConfig, choose_backend
+from fastclip.engine.plain import PlainEngine
+from fastclip.models.clip import Clip
+
+__all__ = ["Engine", "EngineConfig", "PlainEngine", "build_engine", "convert_to_universal"]
+
+
+def build_engine(
+    model: Clip,
+    optimizer: torch.optim.Optimizer,
+    config: EngineConfig,
+    runtime: Runtime,
+    *,
+    micro_batch_size: int,
+    micro_batches: int = 1,
+    universal: bool = False,
+) -> Engine:
+    """The engine that `config` asks for.
+
+    Args:
+        model: on its device, with the weights to begin with.
+        micro_batch_size: pairs of one rank's micro-batch.
+        micro_batches: of a step.
+        universal: a checkpoint of DeepSpeed's universal form will be loaded.
+    """
+    if choose_backend(config, runtime.world_size) == "plain":
+        return PlainEngine(model, optimizer, config, runtime, micro_batches=micro_batches)
+    from fastclip.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        optimizer,
+        config,
+        runtime,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+        universal=universal,
+    )
+
+
+def convert_to_universal(source: Path, output: Path, *, zero_stage: int) -> None:
+    """Rewrite a checkpoint so that any engine, stage and world size can load it. One process.
+
+    `output` appears when it is complete.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: its optimiser's state is of a kind that cannot be converted.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"no checkpoint {source}")
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    if zero_stage == 0:
+        states = whole_state.read(source / whole_state.FILE_NAME)
+        universal.write(partial, load_file(source / "model.safetensors"), states)
+        step = next(iter(states.values()))["step"]
+    else:
+        from fastclip.engine.deepspeed import merge_shards
+
+        step = merge_shards(source, partial, zero_stage=zero_stage)
+    universal.complete(partial, step)
+    os.replace(partial, output)

@@ -1,0 +1,167 @@
+"""A checkpoint goes on under another engine, ZeRO stage or number of ranks as if nothing were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip.checkpoint import (
+    find_resume_point,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    step_tag,
+)
+from fastclip.engine import Engine, EngineConfig, build_engine
+from fastclip.engine.config import effective_zero_stage
+from fastclip.engine.universal import write
+from ranks import run_ranks
+from small_towers import Towers, product_loss
+
+PAIRS = 12
+BEFORE, AFTER = 3, 3
+Place = tuple[str, int, int]  # engine, ZeRO stage, ranks
+SOURCES: tuple[Place, ...] = (
+    ("plain", 0, 1),
+    ("deepspeed", 0, 2),
+    ("deepspeed", 1, 2),
+    ("deepspeed", 2, 1),
+    ("deepspeed", 3, 2),
+)
+TARGETS: tuple[Place, ...] = (
+    ("plain", 0, 1),
+    ("deepspeed", 0, 1),
+    ("deepspeed", 1, 1),
+    ("deepspeed", 3, 1),
+    ("deepspeed", 0, 2),
+    ("deepspeed", 2, 2),
+    ("deepspeed", 3, 2),
+    ("deepspeed", 1, 3),
+)
+
+
+class Remembering(Towers):
+    """With a frozen layer and a buffer, which no optimiser knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual[0].requires_grad_(False)
+        self.forwards: torch.Tensor
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, images=None, tokens=None):
+        self.forwards += 1
+        return super().forward(images, tokens)
+
+
+def _model(seed: int) -> Remembering:
+    torch.manual_seed(seed)
+    return Remembering()
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    kept = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4, fused=True)
+
+
+def _settings(place: Place) -> EngineConfig:
+    backend, stage, _ = place
+    return EngineConfig(backend=backend, zero_stage=stage, precision="fp32")  # pyright: ignore[reportArgumentType]
+
+
+def _engine(runtime, place: Place, model: Remembering, universal: bool = False) -> Engine:
+    return build_engine(
+        model,  # pyright: ignore[reportArgumentType]
+        _optimizer(model),
+        _settings(place),
+        runtime,
+        micro_batch_size=PAIRS // runtime.world_size,
+        universal=universal,
+    )
+
+
+def _train(engine: Engine, runtime, steps: range) -> None:
+    share = PAIRS // runtime.world_size
+    rows = slice(runtime.rank * share, (runtime.rank + 1) * share)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(PAIRS, 8, generator=generator)
+        tokens = torch.randn(PAIRS, 8, generator=generator)
+        output = engine.forward(images[rows], tokens[rows])
+        engine.backward(product_loss(output, share))
+        engine.step()
+
+
+def _write(runtime, places: list[Place], directory: Path) -> dict[str, torch.Tensor] | None:
+    """A checkpoint under each engine; the weights of a run that is not interrupted."""
+    weights = None
+    for place in places:
+        engine = _engine(runtime, place, _model(0))
+        _train(engine, runtime, range(BEFORE))
+        save_checkpoint(
+            directory / "-".join(map(str, place)),
+            engine,
+            runtime,
+            step=BEFORE,
+            loader_state={},
+            model_config={},
+            keep=1,
+        )
+        _train(engine, runtime, range(BEFORE, BEFORE + AFTER))
+        weights = engine.full_state_dict()
+        engine.close()
+    return weights
+
+
+def _continue(
+    runtime, targets: list[Place], sources: tuple[Place, ...], directory: Path
+) -> dict[tuple[Place, Place], dict[str, torch.Tensor] | None]:
+    weights = {}
+    for target in targets:
+        stage = effective_zero_stage(_settings(target), runtime.world_size)
+        for source in sources:
+            checkpoints = directory / "-".join(map(str, source))
+            point = find_resume_point(checkpoints, runtime, stage, {})
+            assert point is not None
+            model = _model(1)
+            load_weights(point, model)  # pyright: ignore[reportArgumentType]
+            engine = _engine(runtime, target, model, point.universal)
+            load_checkpoint(point, engine, runtime)
+            _train(engine, runtime, range(BEFORE, BEFORE + AFTER))
+            weights[source, target] = engine.full_state_dict()
+            engine.close()
+    return weights
+
+
+def test_checkpoints_load_under_every_engine(tmp_path):
+    expected = None
+    for ranks in (1, 2):
+        places = [place for place in SOURCES if place[2] == ranks]
+        whole = run_ranks(_write, ranks, tmp_path, places, tmp_path)[0]
+        expected = whole if expected is None else expected
+    assert expected is not None
+    pairs = 0
+    for ranks in (1, 2, 3):
+        targets = [place for place in TARGETS if place[2] == ranks]
+        results = run_ranks(_continue, ranks, tmp_path, targets, SOURCES, tmp_path)[0]
+        for (source, target), weights in results.items():
+            pairs += 1
+            assert weights is not None
+            for name, tensor in expected.items():
+                message = f"{source} to {target}: {name}"
+                torch.testing.assert_close(
+                    weights[name], tensor, rtol=0, atol=1e-6, msg=lambda m, s=message: f"{s}\n{m}"
+                )
+    assert pairs == len(SOURCES) * len(TARGETS)
+    made = sorted(p.parent.name for p in tmp_path.glob(f"*/{step_tag(BEFORE)}-universal"))
+    assert len(made) == len(SOURCES)
+
+
+def test_a_state_that_is_not_adams_cannot_be_converted(tmp_path):
+    momentum = {"weight": {"momentum_buffer": torch.zeros(2), "step": torch.tensor(1.0)}}
+    with pytest.raises(ValueError, match="no exp_avg, exp_avg_sq: it can only be resumed"):
+        write(tmp_path, {"weight": torch.zeros(2)}, momentum)
