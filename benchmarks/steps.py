@@ -136,6 +136,7 @@ class FastclipStep:
             model.compile_blocks()
         config = OptimConfig(learning_rate=LEARNING_RATE)
         optimizer = build_optimizer(parameter_groups(model, config), config, place.device)
+        assert isinstance(optimizer, torch.optim.Optimizer)
         settings = EngineConfig(precision=case.precision)
         if engine.startswith("zero-"):
             settings = dataclasses.replace(

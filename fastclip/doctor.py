@@ -12,7 +12,7 @@ import torch
 from fastclip import __version__
 from fastclip.data.demo_packages import npm_command
 from fastclip.flops import peak_flops
-from fastclip.optim import find_apex_adam
+from fastclip.nvidia_apex import find_optimizer
 
 _PACKAGES = (
     # distribution name, what fastclip uses it for
@@ -164,7 +164,7 @@ def _one_of_two(
 
 
 def _apex_note() -> str:
-    if find_apex_adam() is None:
+    if find_optimizer("FusedAdam") is None:
         return "NVIDIA's apex is not built here; optim.implementation=apex would stop"
     return "NVIDIA's apex is here: optim.implementation=apex"
 

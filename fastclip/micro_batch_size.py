@@ -20,9 +20,6 @@ logger = logging.getLogger("fastclip")
 _SHARE = 0.9
 """Of the free memory that may be planned with: allocators lose some to fragments."""
 
-_ADAM_BYTES = 12
-"""Gradient and two moments of a parameter, fp32; whole on each rank, as without sharding."""
-
 _FEATURE_BYTES = 32
 """A number of the features, of both towers and their gradients, in fp32 and the loss's operands."""
 
@@ -39,7 +36,12 @@ class Need:
 
 
 def find_micro_batches(
-    model: Clip, batch_size: int, *, loss_budget: int, free: int | None = None
+    model: Clip,
+    batch_size: int,
+    *,
+    loss_budget: int,
+    optimizer_bytes: int = 12,
+    free: int | None = None,
 ) -> int:
     """The fewest equal micro-batches of `batch_size` pairs that fit; at most one pair each.
 
@@ -47,6 +49,8 @@ def find_micro_batches(
         model: on its device, in training mode, with its precision set.
         batch_size: pairs of this rank.
         loss_budget: bytes that the loss may keep.
+        optimizer_bytes: of a parameter, for its gradient and statistics; counted whole on each
+            rank, as without sharding.
         free: bytes to plan with; None asks the device.
 
     Raises:
@@ -58,7 +62,7 @@ def find_micro_batches(
     device = model.logit_scale.device
     if free is None:
         free = free_memory(device)
-    need = measure(model, batch_size, loss_budget)
+    need = measure(model, batch_size, loss_budget, optimizer_bytes)
     room = free * _SHARE - need.fixed
     for parts in range(1, batch_size + 1):
         if batch_size % parts == 0 and need.per_pair * (batch_size // parts) <= room:
@@ -82,7 +86,7 @@ def find_micro_batches(
     return parts
 
 
-def measure(model: Clip, batch_size: int, loss_budget: int) -> Need:
+def measure(model: Clip, batch_size: int, loss_budget: int, optimizer_bytes: int = 12) -> Need:
     """From forward passes of one and of three pairs."""
     few, more = (kept_bytes(model, pairs) for pairs in (1, 3))
     per_pair = max((more - few) / 2, 0.0)
@@ -90,7 +94,7 @@ def measure(model: Clip, batch_size: int, loss_budget: int) -> Need:
     fixed = (
         few
         - per_pair
-        + trained * _ADAM_BYTES
+        + trained * optimizer_bytes
         + batch_size * model.config.embed_dim * _FEATURE_BYTES
         + loss_budget
     )

@@ -38,7 +38,7 @@ from fastclip.models.attention import choose
 from fastclip.models.clip import Clip
 from fastclip.models.interop import init_from
 from fastclip.models.layers import convert_sync_batch_norm
-from fastclip.optim import build_optimizer, parameter_groups, set_learning_rate
+from fastclip.optim import set_learning_rate
 from fastclip.tokenizer import Tokenizer
 from fastclip.train_step import StepResult, TrainStep, check_micro_batching
 
@@ -139,12 +139,9 @@ class Run:
             micro_batches=micro_batches,
         )
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
-        optimizer = build_optimizer(
-            parameter_groups(model, config.optim), config.optim, runtime.device
-        )
         self.engine = build_engine(
             model,
-            optimizer,
+            config.optim,
             config.engine,
             runtime,
             micro_batch_size=batch_size // micro_batches,
@@ -182,7 +179,12 @@ class Run:
         if asked != "auto":
             return asked
         model.train().autocast_dtype = AUTOCAST_DTYPES[self.config.engine.precision]
-        own = find_micro_batches(model, batch_size, loss_budget=self.config.loss.memory_budget)
+        own = find_micro_batches(
+            model,
+            batch_size,
+            loss_budget=self.config.loss.memory_budget,
+            optimizer_bytes=self.config.optim.bytes_per_parameter,
+        )
         return max(parts for (parts,) in all_gather_integers([own], self.runtime.device))
 
     def _resume(self, point: ResumePoint) -> None:
@@ -238,7 +240,7 @@ class Run:
         return self._resume_point() is not None
 
     def _resume_point(self) -> ResumePoint | None:
-        stage = effective_zero_stage(self.config.engine, self.runtime.world_size)
+        stage = effective_zero_stage(self.config.engine, self.runtime.world_size, self.config.optim)
         return find_resume_point(self.checkpoints, self.runtime, stage, to_dict(self.config.model))
 
     def close(self) -> None:

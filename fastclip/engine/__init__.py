@@ -15,13 +15,14 @@ from fastclip.engine.base import Engine
 from fastclip.engine.config import EngineConfig, choose_backend
 from fastclip.engine.plain import PlainEngine
 from fastclip.models.clip import Clip
+from fastclip.optim import OptimConfig, build_optimizer, parameter_groups, store_compactly
 
 __all__ = ["Engine", "EngineConfig", "PlainEngine", "build_engine", "convert_to_universal"]
 
 
 def build_engine(
     model: Clip,
-    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig | torch.optim.Optimizer,
     config: EngineConfig,
     runtime: Runtime,
     *,
@@ -29,15 +30,27 @@ def build_engine(
     micro_batches: int = 1,
     universal: bool = False,
 ) -> Engine:
-    """The engine that `config` asks for.
+    """The engine that `config` asks for, and the optimiser inside.
 
     Args:
         model: on its device, with the weights to begin with.
+        optim: settings of the optimiser; or one that has been made, of fp32 weights.
         micro_batch_size: pairs of one rank's micro-batch.
         micro_batches: of a step.
         universal: a checkpoint of DeepSpeed's universal form will be loaded.
+
+    Raises:
+        ValueError: the settings do not fit each other or the number of ranks.
     """
-    if choose_backend(config, runtime.world_size) == "plain":
+    settings = optim if isinstance(optim, OptimConfig) else OptimConfig()
+    backend = choose_backend(config, runtime.world_size, settings)
+    if settings.algorithm == "compact_adamw":
+        store_compactly(model)
+    optimizer = optim
+    if isinstance(optimizer, OptimConfig):
+        optimizer = build_optimizer(parameter_groups(model, settings), settings, runtime.device)
+    if backend == "plain":
+        assert isinstance(optimizer, torch.optim.Optimizer)
         return PlainEngine(model, optimizer, config, runtime, micro_batches=micro_batches)
     from fastclip.engine.deepspeed import DeepSpeedEngine
 

@@ -15,6 +15,7 @@ from fastclip.distributed.runtime import Runtime
 from fastclip.engine.config import AUTOCAST_DTYPES, EngineConfig
 from fastclip.engine.step_guard import LossScale, StepGuard, StepInfo
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.optim import CompactAdamW, Lamb
 from fastclip.tokenizer.packing import PackedTokens
 
 
@@ -158,7 +159,7 @@ def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its `step` reads `grad_scale` and `found_inf`, tensors on the device, and obeys."""
     if type(optimizer) is torch.optim.AdamW:
         return bool(optimizer.defaults["fused"])
-    return getattr(optimizer, "takes_found_inf", False)
+    return isinstance(optimizer, CompactAdamW | Lamb)
 
 
 def on_the_host(tensor: Tensor) -> Tensor:

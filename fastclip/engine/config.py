@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from fastclip.optim import OptimConfig
+
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -114,17 +116,24 @@ class EngineConfig:
             raise ValueError("engine.max_skipped_steps is at least 1")
 
 
-def choose_backend(config: EngineConfig, world_size: int) -> Literal["plain", "deepspeed"]:
+def choose_backend(
+    config: EngineConfig, world_size: int, optim: OptimConfig
+) -> Literal["plain", "deepspeed"]:
     """The engine that a run of `world_size` ranks gets.
 
     Raises:
         ValueError: the settings ask for what that engine cannot do.
     """
+    algorithm = optim.algorithm
+    if algorithm == "compact_adamw" and config.precision != "bf16":
+        raise ValueError("optim.algorithm=compact_adamw needs engine.precision=bf16")
+    if config.backend == "plain" and optim.needs_deepspeed:
+        raise ValueError(f"optim.{algorithm=!s} of DeepSpeed's needs engine.backend=deepspeed")
     if config.backend == "plain" and world_size > 1:
         raise ValueError(
             f"engine.backend=plain is for one rank, not {world_size}: leave it at auto"
         )
-    alone = world_size == 1 and config.deepspeed_json is None
+    alone = world_size == 1 and config.deepspeed_json is None and not optim.needs_deepspeed
     backend = config.backend
     if backend == "auto":
         backend = "plain" if alone else "deepspeed"
@@ -133,12 +142,22 @@ def choose_backend(config: EngineConfig, world_size: int) -> Literal["plain", "d
             "engine.outlier_factor needs engine.zero_stage=0: DeepSpeed's sharded optimisers know "
             "the norm only when they have stepped"
         )
+    if backend == "deepspeed" and config.zero_stage and algorithm in ("lamb", "compact_adamw"):
+        raise ValueError(
+            f"optim.{algorithm=!s} works on whole parameters: on several ranks it needs "
+            "engine.zero_stage=0"
+        )
+    if algorithm == "muon" and not config.zero_stage:
+        raise ValueError(
+            f"optim.{algorithm=!s} needs engine.zero_stage 1, 2 or 3: without sharding DeepSpeed "
+            "would move parameters at a bad gradient too"
+        )
     return backend
 
 
-def effective_zero_stage(config: EngineConfig, world_size: int) -> int:
+def effective_zero_stage(config: EngineConfig, world_size: int, optim: OptimConfig) -> int:
     """The stage at which states are kept: on the plain engine nothing is sharded."""
-    return 0 if choose_backend(config, world_size) == "plain" else config.zero_stage
+    return 0 if choose_backend(config, world_size, optim) == "plain" else config.zero_stage
 
 
 def deepspeed_settings(

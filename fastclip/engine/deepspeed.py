@@ -27,6 +27,7 @@ from fastclip.engine.base import Engine, on_the_host
 from fastclip.engine.config import EngineConfig, deepspeed_settings
 from fastclip.engine.step_guard import StepInfo
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.optim import DeepSpeedOptimizer
 from fastclip.tokenizer.packing import PackedTokens
 
 logger = logging.getLogger("fastclip")
@@ -40,7 +41,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self,
         model: Clip,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | DeepSpeedOptimizer,
         config: EngineConfig,
         runtime: Runtime,
         *,
@@ -62,8 +63,15 @@ class DeepSpeedEngine(Engine):
         self._open = contextlib.ExitStack()
         # DeepSpeed reads a launcher's variable all its life, also where there is no launcher.
         self._open.enter_context(_environment("LOCAL_RANK", str(runtime.local_rank)))
+        chosen: dict[str, Any] = {"optimizer": optimizer}
+        if isinstance(optimizer, DeepSpeedOptimizer):
+            if optimizer.kind == "Muon":
+                chosen = {"optimizer": _muon(optimizer.groups)}
+            else:
+                chosen = {"model_parameters": optimizer.groups}
+                settings["optimizer"] = {"type": optimizer.kind, "params": optimizer.arguments}
         self._engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            model=model, config=settings, dist_init_required=False, **chosen
         )
         if config.zero_stage == 0 and runtime.world_size == 1:
             # Or it would copy all gradients into one buffer, and back, to reduce them over no one.
@@ -148,6 +156,16 @@ class DeepSpeedEngine(Engine):
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
         self._open.close()
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon. (Made from its settings, it would choose the parameters itself.)"""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups)
 
 
 def import_deepspeed(runtime: Runtime) -> Any:

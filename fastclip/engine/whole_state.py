@@ -83,16 +83,17 @@ def _restore(
     stored: dict[str, Tensor],
     directory: Path,
 ) -> None:
-    expected = set(getattr(optimizer, "state_names", ("exp_avg", "exp_avg_sq")))
+    expected = {"exp_avg", "exp_avg_sq"}  # of AdamW and LAMB, whoever wrote them
     if stored.keys() - {"step"} != expected:
         raise ValueError(
             f"{directory} holds the state of another optimiser ({', '.join(sorted(stored))}, and "
             f"{type(optimizer).__name__} keeps {', '.join(sorted(expected))}): resume with its "
             "optim.algorithm, or start a new run from its weights with run.init_from"
         )
-    dtype = getattr(optimizer, "state_dtype", torch.float32)
+    # Statistics have their parameter's dtype: fp32, or bfloat16 in the compact optimiser.
     state: dict[str, Any] = {
-        key: stored[key].reshape(parameter.shape).to(parameter.device, dtype) for key in expected
+        key: stored[key].reshape(parameter.shape).to(parameter.device, parameter.dtype)
+        for key in expected
     }
     if "step" in group:
         group["step"] = int(stored["step"])

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastclip.kernels import reference, reference_similarity
+from fastclip.kernels import reference, reference_optim, reference_similarity
 
 logger = logging.getLogger("fastclip")
 
@@ -38,7 +38,7 @@ def choose(impl: str, features: Tensor) -> Literal["reference", "triton"]:
     if problem is None:
         return "triton"
     if impl == "auto":
-        _say_once(f"the loss runs in plain PyTorch, which is slower on a GPU: {problem}")
+        _say_once(f"plain PyTorch takes Triton's place, which is slower on a GPU: {problem}")
         return "reference"
     raise problem
 
@@ -100,3 +100,12 @@ def similarity_module(impl: str, features: Tensor) -> ModuleType:
     from fastclip.kernels import similarity
 
     return similarity
+
+
+def optim_module(impl: str, parameter: Tensor) -> ModuleType:
+    """Module with the update of compact weights."""
+    if choose(impl, parameter) == "reference":
+        return reference_optim
+    from fastclip.kernels import compact_adamw
+
+    return compact_adamw

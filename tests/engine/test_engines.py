@@ -16,6 +16,7 @@ from fastclip.engine.config import (
     deepspeed_settings,
     effective_zero_stage,
 )
+from fastclip.optim import OptimConfig
 from ranks import run_ranks
 from small_towers import Place, Towers, adamw, engine_config, product_loss
 
@@ -209,8 +210,10 @@ def test_broken_deepspeed_json_names_the_file(content, tmp_path):
 )
 def test_the_engine_follows_the_number_of_ranks(settings, ranks, expected):
     config = EngineConfig(**settings)
-    assert choose_backend(config, ranks) == expected
-    assert effective_zero_stage(config, ranks) == (0 if expected == "plain" else config.zero_stage)
+    assert choose_backend(config, ranks, OptimConfig()) == expected
+    assert effective_zero_stage(config, ranks, OptimConfig()) == (
+        0 if expected == "plain" else config.zero_stage
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,4 +227,4 @@ def test_the_engine_follows_the_number_of_ranks(settings, ranks, expected):
 )
 def test_what_an_engine_cannot_do_is_an_error(settings, ranks, message):
     with pytest.raises(ValueError, match=message):
-        choose_backend(EngineConfig(**settings), ranks)
+        choose_backend(EngineConfig(**settings), ranks, OptimConfig())

@@ -17,6 +17,7 @@ from fastclip.checkpoint import (
 from fastclip.engine import Engine, EngineConfig, build_engine
 from fastclip.engine.config import effective_zero_stage
 from fastclip.engine.universal import write
+from fastclip.optim import OptimConfig
 from ranks import run_ranks
 from small_towers import Towers, product_loss
 
@@ -122,7 +123,7 @@ def _continue(
 ) -> dict[tuple[Place, Place], dict[str, torch.Tensor] | None]:
     weights = {}
     for target in targets:
-        stage = effective_zero_stage(_settings(target), runtime.world_size)
+        stage = effective_zero_stage(_settings(target), runtime.world_size, OptimConfig())
         for source in sources:
             checkpoints = directory / "-".join(map(str, source))
             point = find_resume_point(checkpoints, runtime, stage, {})

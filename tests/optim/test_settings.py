@@ -10,10 +10,10 @@ import torch
 
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
+from fastclip.nvidia_apex import find_optimizer
 from fastclip.optim import (
     OptimConfig,
     build_optimizer,
-    find_apex_adam,
     learning_rate_at,
     parameter_groups,
     set_learning_rate,
@@ -75,6 +75,7 @@ def test_an_update_is_decoupled_adam() -> None:
         learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-5, warmup_steps=0, text_lr_scale=0.5
     )
     optimizer = build_optimizer(parameter_groups(model, config), config, CPU)
+    assert isinstance(optimizer, torch.optim.Optimizer)
     assert set_learning_rate(optimizer, 0, config, 10) == 1e-2
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -94,7 +95,7 @@ def test_an_update_is_decoupled_adam() -> None:
 
 
 def test_apex_that_is_missing_says_what_to_do() -> None:
-    if find_apex_adam() is not None:
+    if find_optimizer("FusedAdam") is not None:
         pytest.skip("NVIDIA's apex is installed here")
     config = OptimConfig(implementation="apex")
     with pytest.raises(ImportError, match=r"optim\.implementation=torch"):

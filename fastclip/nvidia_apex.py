@@ -1,0 +1,33 @@
+"""NVIDIA's apex, where it is built: the sole importer of it.
+
+It is on no registry (the package of that name on PyPI is another one); its compiled module tells.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+ADVICE = (
+    "needs NVIDIA's apex built with its CUDA extensions (github.com/NVIDIA/apex; the package of "
+    "that name on PyPI is another one)"
+)
+
+
+def find_optimizer(name: str) -> Any | None:
+    """apex's optimiser of that name (FusedAdam, FusedLAMB), None where apex is not built."""
+    try:
+        importlib.import_module("amp_C")
+        return getattr(importlib.import_module("apex.optimizers"), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def find_layer_norm() -> Any | None:
+    """apex's fused layer normalisation, a function of input, weight, bias, shape and eps."""
+    try:
+        importlib.import_module("fused_layer_norm_cuda")
+        module = importlib.import_module("apex.normalization.fused_layer_norm")
+        return module.fused_layer_norm_affine
+    except (ImportError, AttributeError):
+        return None

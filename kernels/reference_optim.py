@@ -1,0 +1,101 @@
+"""Updates of weights kept in bfloat16, in plain PyTorch: specification, CPU path, test oracle.
+
+A bfloat16 weight has 8 bits of mantissa: an update smaller than 1/512 of a weight, as most are late
+in training, would be lost in rounding to nearest. Rounded stochastically it is made with as much
+probability as it is large, so that updates add up in the mean (the CLIP paper's section 2.5 names
+this saving; arXiv 2010.06192 studies it).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (kept in int64) whose results look random.
+
+    The constants are C. Wellons' lowbias32 (public domain, nullprogram.com/blog/2018/07/31).
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def random_bits(count: int, seed: int, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit numbers (int64 [count]) for each element of a tensor in one update.
+
+    Args:
+        seed: in [0, 2^31), another for each tensor.
+        step: [], the number of the update.
+    """
+    elements = torch.arange(count, dtype=torch.int64, device=step.device)
+    key = mix((mix(step.long()) + seed) & _MASK)
+    first = mix(mix(elements) ^ key)
+    return first, mix((first + 0x9E3779B9) & _MASK)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 `x` to bfloat16: to either neighbour, the nearer the likelier.
+
+    Args:
+        bits: int64, like `x`; the low 16 bits of each are used.
+    """
+    pattern = x.view(torch.int32).long() & _MASK
+    rounded = (pattern + (bits & 0xFFFF)) & 0xFFFF0000
+    rounded = torch.where(rounded >= 2**31, rounded - 2**32, rounded)
+    return rounded.to(torch.int32).view(torch.float32).bfloat16()
+
+
+def compact_adamw(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+) -> None:
+    """One AdamW update in place, computed in fp32; what is kept in bfloat16 is rounded as above.
+
+    Args:
+        parameter: fp32 or bfloat16, contiguous.
+        gradient, exp_avg, exp_avg_sq: like it.
+        step: fp32 [], the number of this update, from 1.
+        divisor: fp32 []; the gradient is divided by it.
+        skip: fp32 []; where it is not 0, nothing changes.
+        seed: of this tensor's rounding, in [0, 2^31).
+    """
+    g = gradient.float() / divisor
+    m = exp_avg.float()
+    m = m + (1.0 - beta1) * (g - m)
+    v = exp_avg_sq.float()
+    v = v + (1.0 - beta2) * (g * g - v)
+    # Powers as the kernel has them: exp2(step * log2(beta)).
+    correction1 = 1.0 - torch.exp2(step * math.log2(beta1)) if beta1 else torch.ones_like(step)
+    correction2 = 1.0 - torch.exp2(step * math.log2(beta2)) if beta2 else torch.ones_like(step)
+    p = parameter.float()
+    denominator = torch.sqrt(v / correction2) + eps
+    p = p - learning_rate * (weight_decay * p + (m / correction1) / denominator)
+    new = (p, m, v)
+    if parameter.dtype == torch.bfloat16:
+        first, second = (
+            bits.view(parameter.shape) for bits in random_bits(parameter.numel(), seed, step)
+        )
+        shared = zip(new, (first, first >> 16, second), strict=True)
+        new = tuple(round_stochastically(x, bits) for x, bits in shared)
+    keep = skip != 0
+    for old, updated in zip((parameter, exp_avg, exp_avg_sq), new, strict=True):
+        old.copy_(torch.where(keep, old, updated.to(old.dtype)))

@@ -1,0 +1,222 @@
+"""AdamW in eight bytes a parameter: rounding without bias, and fp32's loss curve."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastclip.engine import build_engine
+from fastclip.kernels.reference_optim import random_bits, round_stochastically
+from fastclip.models.clip import Clip
+from fastclip.models.presets import preset
+from fastclip.ops.compact_adamw import compact_adamw
+from fastclip.optim import CompactAdamW, OptimConfig, build_optimizer, parameter_groups
+from fastclip.optim.compact import store_compactly
+from ranks import run_ranks
+from small_towers import engine_config
+
+CPU = torch.device("cpu")
+
+
+def test_rounding_goes_to_a_neighbour_and_is_right_in_the_mean() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2000) * torch.logspace(-30, 30, 2000)
+    total = torch.zeros(2000, dtype=torch.float64)
+    draws = 4096
+    for draw in range(draws):
+        bits, _ = random_bits(2000, 7, torch.tensor(float(draw)))
+        rounded = round_stochastically(values, bits)
+        assert rounded.dtype == torch.bfloat16
+        total += rounded.double()
+    low = (values.view(torch.int32) & -65536).view(torch.float32)
+    unit = low.abs().double() * 2**-7  # at least the distance of neighbours
+    assert ((rounded.double() - values.double()).abs() <= unit).all()
+    off = (total / draws - values.double()).abs() / unit
+    assert off.max() < 0.05  # five standard deviations of the mean, 0.5 / sqrt(4096) at most
+
+
+def test_what_bfloat16_holds_stays() -> None:
+    exact = torch.cat([torch.randn(1000).bfloat16().float(), torch.tensor([0.0, -0.0, 1e38])])
+    exact = exact.bfloat16().float()
+    for draw in range(20):
+        bits, _ = random_bits(exact.numel(), 3, torch.tensor(float(draw)))
+        assert torch.equal(round_stochastically(exact, bits).float(), exact)
+
+
+def test_bits_differ_between_elements_tensors_and_updates() -> None:
+    drawn = [
+        torch.cat(random_bits(50_000, seed, torch.tensor(float(step))))
+        for seed in (1, 2)
+        for step in (1, 2)
+    ]
+    assert len(torch.cat(drawn).unique()) > 0.9999 * 400_000
+    for x in drawn:
+        for bit in range(32):
+            assert abs(float(((x >> bit) & 1).double().mean()) - 0.5) < 0.01
+
+
+def _update(x: torch.Tensor, **changes: float | torch.Tensor) -> list[torch.Tensor]:
+    """The operator on `x`, its gradient and statistics; the three that it changes."""
+    torch.manual_seed(1)
+    parameter, m, v = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    given = {"step": torch.tensor(1.0), "divisor": torch.tensor(1.0), "skip": torch.tensor(0.0)}
+    tensors = {key: changes.pop(key, value) for key, value in given.items()}
+    gradient = torch.as_tensor(changes.pop("gradient", torch.randn(x.shape)), dtype=x.dtype)
+    numbers = {
+        "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
+        "seed": 11,
+    } | changes  # fmt: skip
+    compact_adamw(parameter, gradient, m, v, *tensors.values(), *numbers.values(), impl="auto")
+    return [parameter, m, v]
+
+
+def test_fp32_parts_are_updated_as_torch_does() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(40))
+    expected = torch.nn.Parameter(weight.detach().clone())
+    settings = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+    mine = CompactAdamW([{"params": [weight]}], **settings)
+    theirs = torch.optim.AdamW([expected], **settings)
+    for _ in range(5):
+        weight.grad = torch.randn(40)
+        expected.grad = weight.grad.clone()
+        mine.step()
+        theirs.step()
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_bad_gradient_changes_nothing_and_is_not_counted() -> None:
+    weight = torch.nn.Parameter(torch.randn(30, 20).bfloat16())
+    optimizer = CompactAdamW(
+        [{"params": [weight]}], lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
+    )
+    states = []
+    for bad in (0.0, 1.0, 0.0):
+        weight.grad = torch.full_like(weight, torch.nan if bad else 1.0)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+        state = optimizer.state[weight]
+        states.append([t.clone() for t in (weight, *state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+    assert not torch.equal(states[1][0], states[2][0])
+    assert float(optimizer.state[weight]["step"]) == 2.0
+
+
+def test_the_divisor_is_the_loss_scale() -> None:
+    x = torch.randn(50, 3).bfloat16()
+    gradient = torch.randn(50, 3).bfloat16()
+    scaled = _update(x, gradient=gradient * 8, divisor=torch.tensor(8.0))
+    assert all(
+        torch.equal(a, b) for a, b in zip(scaled, _update(x, gradient=gradient), strict=True)
+    )
+
+
+def test_small_updates_add_up() -> None:
+    """A thousand steps, each a hundredth of what bfloat16 can tell from a weight of 1."""
+    weight = torch.nn.Parameter(torch.ones(2000, 2).bfloat16())
+    optimizer = CompactAdamW(
+        [{"params": [weight]}], lr=4e-5, betas=(0.9, 0.98), eps=1e-12, weight_decay=0.0
+    )
+    for _ in range(1000):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    # Five standard deviations of the mean. Rounded to nearest, no weight would have moved.
+    assert float(weight.detach().double().mean()) == pytest.approx(0.96, abs=1e-3)
+
+
+def test_eight_bytes_a_parameter() -> None:
+    model = Clip(preset("ViT-B-32"))
+    store_compactly(model)
+    count = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 2.0 <= weights / count < 2.02
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    assert model.logit_scale.dtype == torch.float32
+    assert OptimConfig(algorithm="compact_adamw").bytes_per_parameter == 6
+    config = OptimConfig(algorithm="compact_adamw")
+    optimizer = build_optimizer(parameter_groups(model, config), config, CPU)
+    assert isinstance(optimizer, CompactAdamW)
+    parameter = model.text.token_embedding.weight
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[parameter][key].dtype == torch.bfloat16
+
+
+STEPS, BATCH, CLASSES = 120, 32, 96
+
+
+def _losses(runtime, algorithm: str, learning_rate: float) -> list[float]:
+    """Of a small model that learns which of 96 noisy pictures goes with which caption."""
+    torch.manual_seed(0)
+    config = preset("ViT-Nano-8")
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, layers=2),
+        text=dataclasses.replace(config.text, layers=2),
+    )
+    model = Clip(config).train()
+    side, vocabulary = config.vision.image_size, config.text.vocab_size
+    pictures = torch.randint(0, 256, (CLASSES, 3, side, side)).float()
+    captions = torch.randint(1, vocabulary - 2, (CLASSES, 6))
+    captions[:, -1] = vocabulary - 1
+    optim = OptimConfig(algorithm=algorithm, learning_rate=learning_rate, beta2=0.98)  # pyright: ignore[reportArgumentType]
+    engine = build_engine(
+        model, optim, engine_config("plain", precision="bf16"), runtime, micro_batch_size=BATCH
+    )
+    losses = []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        chosen = torch.randperm(CLASSES, generator=generator)[:BATCH]
+        noise = 60 * torch.randn(BATCH, 3, side, side, generator=generator)
+        images = (pictures[chosen] + noise).clamp(0, 255).to(torch.uint8)
+        output = engine.forward(images, captions[chosen])
+        assert output.image_features is not None
+        assert output.text_features is not None
+        logits = output.logit_scale * output.image_features @ output.text_features.T
+        target = torch.arange(BATCH)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _curves(runtime) -> dict[str, list[float]]:
+    torch.set_num_threads(2)
+    return {name: _losses(runtime, name, 3e-4) for name in ("adamw", "compact_adamw")}
+
+
+def test_its_loss_curve_follows_fp32s(tmp_path) -> None:
+    (curves,) = run_ranks(_curves, 1, tmp_path)
+    whole, compact = (torch.tensor(curves[name]) for name in ("adamw", "compact_adamw"))
+    smooth = [x.view(-1, 10).mean(1) for x in (whole, compact)]
+    print("fp32:   ", " ".join(f"{x:.3f}" for x in smooth[0]))
+    print("compact:", " ".join(f"{x:.3f}" for x in smooth[1]))
+    assert smooth[0][-1] < 0.5 * smooth[0][0]  # it learns
+    assert ((smooth[1] - smooth[0]).abs() < 0.05 * smooth[0][0]).all()
+
+
+def test_other_precisions_are_refused() -> None:
+    from fastclip.engine.config import choose_backend
+
+    optim = OptimConfig(algorithm="compact_adamw")
+    with pytest.raises(ValueError, match=r"compact_adamw needs engine\.precision=bf16"):
+        choose_backend(engine_config("plain", precision="fp32"), 1, optim)
+    with pytest.raises(ValueError, match=r"on several ranks it needs engine\.zero_stage=0"):
+        choose_backend(engine_config(1, precision="bf16"), 2, optim)
+
+
+def test_the_operator_passes_torchs_checks() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(7, 3).to(dtype)
+        arguments = (
+            x, x * 0.1, torch.zeros_like(x), torch.zeros_like(x), torch.tensor(1.0),
+            torch.tensor(1.0), torch.tensor(0.0), 0.1, 0.9, 0.98, 1e-6, 0.1, 5, "reference",
+        )  # fmt: skip
+        torch.library.opcheck(
+            compact_adamw, arguments, test_utils=("test_schema", "test_faketensor")
+        )
