@@ -58,8 +58,10 @@ def compact_adamw_kernel(
     ROUND: tl.constexpr,
 ):
     """One update of BLOCK elements."""
+    if tl.load(skip) != 0.0:
+        return
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (place < count) & (tl.load(skip) == 0.0)
+    inside = place < count
     number = tl.load(step)
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) / tl.load(divisor)
     m = tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32)

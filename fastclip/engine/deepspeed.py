@@ -67,6 +67,8 @@ class DeepSpeedEngine(Engine):
         if isinstance(optimizer, DeepSpeedOptimizer):
             if optimizer.kind == "Muon":
                 chosen = {"optimizer": _muon(optimizer.groups)}
+                if config.zero_stage == 3:  # it needs whole gradients
+                    settings["zero_optimization"]["reduce_scatter"] = False
             else:
                 chosen = {"model_parameters": optimizer.groups}
                 settings["optimizer"] = {"type": optimizer.kind, "params": optimizer.arguments}

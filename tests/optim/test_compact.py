@@ -156,7 +156,7 @@ def _losses(runtime, algorithm: str, learning_rate: float) -> list[float]:
     config = dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, layers=2),
-        text=dataclasses.replace(config.text, layers=2),
+        text=dataclasses.replace(config.text, layers=2, vocab_size=1000),
     )
     model = Clip(config).train()
     side, vocabulary = config.vision.image_size, config.text.vocab_size
