@@ -20,7 +20,7 @@ from fastclip.data.loader import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.eval.suite import EvalConfig
 from fastclip.models.attention import AttentionConfig
-from fastclip.models.config import ClipConfig
+from fastclip.models.config import ClipConfig, Recompute
 from fastclip.models.presets import PRESETS, preset
 from fastclip.optim import OptimConfig
 from fastclip.train_step import LossConfig
@@ -64,11 +64,12 @@ class RunConfig:
     freeze_text: bool = False
     """Lock the text tower."""
 
-    activation_checkpointing_visual: bool = False
-    """Recompute the image tower's blocks in backward to save memory."""
+    activation_checkpointing_visual: Recompute = "none"
+    """What of the image tower is computed anew in backward to save memory: selective (what is
+    cheap; ViTs, not under ZeRO 3) or full (its blocks)."""
 
-    activation_checkpointing_text: bool = False
-    """Recompute the text tower's blocks in backward to save memory."""
+    activation_checkpointing_text: Recompute = "none"
+    """The same of the text tower."""
 
     compile_blocks: bool = False
     """Let torch.compile compile the towers' blocks: faster steps, minutes before the first."""

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastclip.config import TrainConfig
 from fastclip.distributed.runtime import initialise, shutdown
-from fastclip.train import Run
+from fastclip.run import Run
 
 WARM_UP_STEPS = 3
 PARTS = (

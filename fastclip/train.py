@@ -1,7 +1,4 @@
-"""The training loop: next batch, one step, and when to log, save, evaluate and stop.
-
-This is the one place where all parts meet.
-"""
+"""The training loop: next batch, one step, and when to log, save, evaluate and stop."""
 
 from __future__ import annotations
 
@@ -9,38 +6,16 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch.profiler import record_function
-
-from fastclip.checkpoint import (
-    ResumePoint,
-    find_resume_point,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from fastclip.config import TrainConfig, save_config, to_dict
-from fastclip.data.batch import Batch
-from fastclip.data.loader import TrainLoader
-from fastclip.distributed.collectives import all_gather_integers, any_rank, barrier
+from fastclip.checkpoint import save_checkpoint
+from fastclip.config import TrainConfig, to_dict
+from fastclip.distributed.collectives import any_rank
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
-from fastclip.engine import build_engine
-from fastclip.engine.config import AUTOCAST_DTYPES, effective_zero_stage
 from fastclip.eval.suite import format_table, run_suite
-from fastclip.flops import executed_flops_per_sample
-from fastclip.metrics import RunLogger, Throughput
-from fastclip.micro_batch_size import find_micro_batches
-from fastclip.models.attention import choose
-from fastclip.models.clip import Clip
-from fastclip.models.interop import init_from
-from fastclip.models.layers import convert_sync_batch_norm
-from fastclip.optim import set_learning_rate
-from fastclip.tokenizer import Tokenizer
-from fastclip.train_step import StepResult, TrainStep, check_micro_batching
+from fastclip.run import Run
+from fastclip.train_step import StepResult
 
 logger = logging.getLogger("fastclip")
 
@@ -81,7 +56,7 @@ def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainRe
     run = Run(config, runtime)
     for rollbacks_left in range(config.run.max_rollbacks, -1, -1):
         try:
-            return run.train(stop)
+            return _loop(run, stop)
         except FloatingPointError as error:
             reached = run.loader.state_dict()
             run.log.end({})
@@ -96,291 +71,96 @@ def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainRe
     raise AssertionError("the last try returns or raises")
 
 
-class Run:
-    """A run's parts, wired together in the order in which they depend on each other."""
+def _loop(run: Run, stop: _StopRequest) -> TrainResult:
+    """Steps until the end, or until a signal asks to stop."""
+    settings = run.config.run
+    metrics: dict[str, float] = {}
+    run.log.start(run.describe())
+    run.begin()
+    while run.step < run.total_steps:
+        result, learning_rate = run.one_step()
+        last = run.step == run.total_steps
+        on_log_step = last or run.step % settings.log_every_steps == 0
+        if on_log_step:
+            _log_step(run, result, learning_rate)
+            if any_rank(stop.requested):
+                _save(run)
+                return _end(run, finished=False, metrics=metrics)
+        if last or _due(run.step, settings.evaluate_every_steps):
+            metrics = _evaluate(run)
+        due = _due(run.step, settings.checkpoint_every_steps) or _time_due(run, on_log_step)
+        # Amid bad steps nothing is saved: one could not go back to before them.
+        if last or (due and run.engine.guard.skipped_in_a_row() == 0):
+            _save(run)
+    return _end(run, finished=True, metrics=metrics)
 
-    def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
-        run = config.run
-        self.config = config
-        self.runtime = runtime
-        self.directory = Path(run.directory)
-        self.checkpoints = self.directory / "checkpoints"
-        batch_size = per_rank_batch_size(config, runtime.world_size)
 
-        torch.manual_seed(run.seed)  # the same initial weights on every rank
-        model = build_model(config)
-        if run.micro_batches != "auto":
-            check_micro_batching(model, run.micro_batches)
-        point = None
-        if run.resume:
-            point = self._resume_point()
-        if point is not None:
-            load_weights(point, model)
-        elif run.init_from is not None:
-            init_from(model, Path(run.init_from))
-        model = model.to(runtime.device)
-        if runtime.world_size > 1:
-            convert_sync_batch_norm(model)
-        micro_batches = self._micro_batches(model, batch_size)
-        try:
-            self.tokenizer = Tokenizer(
-                context_length=config.model.text.context_length, backend=config.data.tokenizer
-            )
-        except ImportError as error:
-            raise ImportError(f"{error}; or train with data.tokenizer=python") from error
-        self.loader = TrainLoader(
-            config.data,
-            image_size=config.model.vision.image_size,
-            tokenizer=self.tokenizer,
-            batch_size=batch_size,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=run.seed,
-            micro_batches=micro_batches,
+def _log_step(run: Run, result: StepResult, learning_rate: float) -> None:
+    run.engine.raise_if_diverged()
+    values: dict[str, Any] = {
+        "epoch": run.loader.epoch,
+        "loss": result.loss,
+        "logit_scale": result.logit_scale,
+        "gradient_norm": result.info.gradient_norm,
+        "learning_rate": learning_rate,
+        "loss_scale": run.engine.loss_scale.value,
+        "update_applied": result.info.applied,
+        "skipped_steps": run.engine.guard.skipped_steps,
+        **run.throughput.window(run.loader.wait_seconds),
+    }
+    run.log.step(run.step, values)
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    if not run.config.eval.zero_shot and not run.config.eval.retrieval:
+        return {}
+    with run.throughput.paused():
+        metrics = run_suite(
+            run.engine.module,
+            run.tokenizer,
+            run.config.eval,
+            image_size=run.config.model.vision.image_size,
+            runtime=run.runtime,
         )
-        self.total_steps = total_steps(config, self.loader.samples_per_epoch)
-        self.engine = build_engine(
-            model,
-            config.optim,
-            config.engine,
-            runtime,
-            micro_batch_size=batch_size // micro_batches,
-            micro_batches=micro_batches,
-            universal=point is not None and point.universal,
+    run.log.evaluation(run.step, metrics)
+    if run.runtime.is_main:
+        logger.info("evaluation at step %d\n%s", run.step, format_table(metrics))
+    return metrics
+
+
+def _save(run: Run) -> None:
+    with run.throughput.paused():
+        save_checkpoint(
+            run.checkpoints,
+            run.engine,
+            run.runtime,
+            step=run.step,
+            loader_state=run.loader.state_dict(),
+            model_config=to_dict(run.config.model),
+            keep=run.config.run.keep_checkpoints,
         )
-        torch.manual_seed(run.seed + 1 + runtime.rank)  # ranks drop different patches
-        self.train_step = TrainStep(self.engine, config.loss, micro_batches=micro_batches)
-        self.step = 0
-        if point is not None:
-            self._resume(point)
-        if runtime.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.directory / "config.json")
-        barrier()
-        self.log = RunLogger(
-            self.directory,
-            is_main=runtime.is_main,
-            tensorboard=run.tensorboard,
-            wandb_project=run.wandb_project,
-            total_steps=self.total_steps,
-            resume_at=self.step,
+    run.saved_at = time.monotonic()
+
+
+def _time_due(run: Run, on_log_step: bool) -> bool:
+    minutes = run.config.run.checkpoint_every_minutes
+    if minutes is None or not on_log_step:
+        return False
+    # Clocks differ between ranks; one that is due makes all save.
+    return any_rank(time.monotonic() - run.saved_at >= minutes * 60)
+
+
+def _end(run: Run, finished: bool, metrics: dict[str, float]) -> TrainResult:
+    report = run.loader.report()
+    run.log.end(report)
+    run.close()
+    if run.runtime.is_main and not finished:
+        logger.warning(
+            "stopped by a signal at step %d of %d; the same command continues from here",
+            run.step,
+            run.total_steps,
         )
-        self.throughput = Throughput(
-            device=runtime.device,
-            precision=config.engine.precision,
-            global_batch_size=run.global_batch_size,
-            world_size=runtime.world_size,
-        )
-        self._saved_at = time.monotonic()
-
-    def _micro_batches(self, model: Clip, batch_size: int) -> int:
-        """As set, or as many as the rank with the least memory needs."""
-        asked = self.config.run.micro_batches
-        if asked != "auto":
-            return asked
-        model.train().autocast_dtype = AUTOCAST_DTYPES[self.config.engine.precision]
-        own = find_micro_batches(
-            model,
-            batch_size,
-            loss_budget=self.config.loss.memory_budget,
-            optimizer_bytes=self.config.optim.bytes_per_parameter,
-        )
-        return max(parts for (parts,) in all_gather_integers([own], self.runtime.device))
-
-    def _resume(self, point: ResumePoint) -> None:
-        load_checkpoint(point, self.engine, self.runtime)
-        self.loader.load_state_dict(point.loader_state)
-        self.step = point.step
-        if self.runtime.is_main:
-            logger.info("resuming from %s at step %d", point.directory / point.tag, point.step)
-
-    def train(self, stop: _StopRequest) -> TrainResult:
-        run = self.config.run
-        metrics: dict[str, float] = {}
-        self.log.start(self._describe())
-        self.begin()
-        while self.step < self.total_steps:
-            result, learning_rate = self.one_step()
-            last = self.step == self.total_steps
-            on_log_step = last or self.step % run.log_every_steps == 0
-            if on_log_step:
-                self._log_step(result, learning_rate)
-                if any_rank(stop.requested):
-                    self._save()
-                    return self._end(finished=False, metrics=metrics)
-            if last or _due(self.step, run.evaluate_every_steps):
-                metrics = self._evaluate()
-            due = _due(self.step, run.checkpoint_every_steps) or self._time_due(on_log_step)
-            # Amid bad steps nothing is saved: one could not go back to before them.
-            if last or (due and self.engine.guard.skipped_in_a_row() == 0):
-                self._save()
-        return self._end(finished=True, metrics=metrics)
-
-    def begin(self) -> None:
-        """To be called before the first step."""
-        self.engine.module.train()
-        self.throughput.start(self.loader.wait_seconds)
-
-    def one_step(self) -> tuple[StepResult, float]:
-        """Train on the next batch; what the step reports, and its learning rate."""
-        with record_function("fastclip::data wait"):
-            batch = next(self.loader)
-        with record_function("fastclip::copy to device"):
-            batch = batch.to(self.runtime.device, non_blocking=True)
-        learning_rate = set_learning_rate(
-            self.engine.optimizer, self.step, self.config.optim, self.total_steps
-        )
-        result = self.train_step(batch)
-        self.step += 1
-        self.throughput.step(self._flops_per_sample(batch))
-        return result, learning_rate
-
-    def has_checkpoint(self) -> bool:
-        """Whether there is something to go back to."""
-        return self._resume_point() is not None
-
-    def _resume_point(self) -> ResumePoint | None:
-        stage = effective_zero_stage(self.config.engine, self.runtime.world_size, self.config.optim)
-        return find_resume_point(self.checkpoints, self.runtime, stage, to_dict(self.config.model))
-
-    def close(self) -> None:
-        """Stop the loader's threads, release the engine."""
-        self.loader.close()
-        self.engine.close()
-
-    def _flops_per_sample(self, batch: Batch) -> float:
-        return executed_flops_per_sample(
-            self.config.model,
-            batch.computed_lengths(),
-            last_row=self.config.attention.last_row,
-            patch_dropout=self.config.run.patch_dropout,
-        )
-
-    def _describe(self) -> str:
-        config, runtime = self.config, self.runtime
-        # ZeRO-3 leaves empty parameters here and remembers how many numbers they stand for.
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        return (
-            f"{parameters / 1e6:.1f} M parameters, {self.loader.samples_per_epoch:,} pairs, "
-            f"{self.total_steps:,} steps of {config.run.global_batch_size:,} pairs on "
-            f"{runtime.world_size} rank(s) of {runtime.device.type}, {config.engine.precision}, "
-            f"{self._engine()}, {config.data.text} texts, attention by {self._attention()}"
-        )
-
-    def _engine(self) -> str:
-        sharded = self.engine.name == "deepspeed"
-        return f"ZeRO {self.engine.zero_stage}" if sharded else f"{self.engine.name} engine"
-
-    def _attention(self) -> str:
-        model = self.engine.module
-        dtype = model.autocast_dtype or torch.float32
-        like = torch.empty(0, dtype=dtype, device=self.runtime.device)
-        packed = self.config.data.text == "packed"
-        impls = {choose(self.config.attention.impl, like, packed=p) for p in (False, packed)}
-        return " and ".join(sorted(impls))
-
-    def _log_step(self, result: StepResult, learning_rate: float) -> None:
-        self.engine.raise_if_diverged()
-        values: dict[str, Any] = {
-            "epoch": self.loader.epoch,
-            "loss": result.loss,
-            "logit_scale": result.logit_scale,
-            "gradient_norm": result.info.gradient_norm,
-            "learning_rate": learning_rate,
-            "loss_scale": self.engine.loss_scale.value,
-            "update_applied": result.info.applied,
-            "skipped_steps": self.engine.guard.skipped_steps,
-            **self.throughput.window(self.loader.wait_seconds),
-        }
-        self.log.step(self.step, values)
-
-    def _evaluate(self) -> dict[str, float]:
-        if not self.config.eval.zero_shot and not self.config.eval.retrieval:
-            return {}
-        with self.throughput.paused():
-            metrics = run_suite(
-                self.engine.module,
-                self.tokenizer,
-                self.config.eval,
-                image_size=self.config.model.vision.image_size,
-                runtime=self.runtime,
-            )
-        self.log.evaluation(self.step, metrics)
-        if self.runtime.is_main:
-            logger.info("evaluation at step %d\n%s", self.step, format_table(metrics))
-        return metrics
-
-    def _save(self) -> None:
-        with self.throughput.paused():
-            save_checkpoint(
-                self.checkpoints,
-                self.engine,
-                self.runtime,
-                step=self.step,
-                loader_state=self.loader.state_dict(),
-                model_config=to_dict(self.config.model),
-                keep=self.config.run.keep_checkpoints,
-            )
-        self._saved_at = time.monotonic()
-
-    def _time_due(self, on_log_step: bool) -> bool:
-        minutes = self.config.run.checkpoint_every_minutes
-        if minutes is None or not on_log_step:
-            return False
-        # Clocks differ between ranks; one that is due makes all save.
-        return any_rank(time.monotonic() - self._saved_at >= minutes * 60)
-
-    def _end(self, finished: bool, metrics: dict[str, float]) -> TrainResult:
-        report = self.loader.report()
-        self.log.end(report)
-        self.close()
-        if self.runtime.is_main and not finished:
-            logger.warning(
-                "stopped by a signal at step %d of %d; the same command continues from here",
-                self.step,
-                self.total_steps,
-            )
-        return TrainResult(self.step, finished, metrics)
-
-
-def build_model(config: TrainConfig) -> Clip:
-    """The towers with the run's switches applied: frozen towers, activation checkpointing."""
-    model = Clip(config.model)
-    run = config.run
-    model.set_activation_checkpointing(
-        vision=run.activation_checkpointing_visual, text=run.activation_checkpointing_text
-    )
-    model.set_attention(config.attention)
-    model.set_patch_dropout(run.patch_dropout)
-    if run.compile_blocks:
-        model.compile_blocks()
-    model.freeze(vision=run.freeze_visual, text=run.freeze_text)
-    return model
-
-
-def per_rank_batch_size(config: TrainConfig, world_size: int) -> int:
-    """A rank's share of the global batch.
-
-    Raises:
-        ValueError: ranks times micro-batches do not divide it.
-    """
-    micro_batches = config.run.micro_batches
-    if micro_batches == "auto":
-        micro_batches = 1
-    total, parts = config.run.global_batch_size, world_size * micro_batches
-    if total % parts:
-        raise ValueError(
-            f"run.global_batch_size={total} is not divisible by {world_size} rank(s) × "
-            f"{micro_batches} micro-batch(es); nearest: {max(total // parts, 1) * parts}"
-        )
-    return total // world_size
-
-
-def total_steps(config: TrainConfig, samples_per_epoch: int) -> int:
-    """Optimiser steps of the run: as set, or enough for the epochs asked for."""
-    if config.run.steps is not None:
-        return config.run.steps
-    return max(1, round(config.run.epochs * samples_per_epoch / config.run.global_batch_size))
+    return TrainResult(run.step, finished, metrics)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -165,7 +165,7 @@ def check_micro_batching(model: Clip, micro_batches: int) -> None:
         raise ValueError(
             "micro-batches are exact only without BatchNorm in training mode: its statistics "
             "change with the split. Use run.micro_batches=1 (more ranks, or "
-            "run.activation_checkpointing_visual=true to save memory), a ViT, or a frozen ResNet."
+            "run.activation_checkpointing_visual=full to save memory), a ViT, or a frozen ResNet."
         )
 
 

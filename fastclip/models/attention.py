@@ -240,13 +240,17 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, segments: Segments | None = None, rows: Rows | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        """[B, L, width], or [T, width] with `segments`, to the same; with `rows`, to [B, width].
+        """What `qkv` gave, [B, L, H, d], to [B, L, width]; with `segments` [T, H, d] to [T, width].
 
-        `rows` of packed sequences are their last ones.
+        With `rows`, which `qkv` had too, to [B, width]; of packed sequences they are the last.
         """
-        query, key, value = self.qkv(x, rows)
         if rows is None:
             attended = attend(
                 query, key, value, causal=self.causal, segments=segments, impl=self.impl
@@ -254,15 +258,15 @@ class SelfAttention(nn.Module):
         elif segments is not None:
             attended = attend(query, key, value, causal=False, segments=segments, impl=self.impl)
         else:
-            visible = self._visible(x, rows)
+            visible = self._visible(key, rows)
             attended = attend(
                 query[:, None], key, value, causal=False, visible=visible, impl=self.impl
             )[:, 0]
         return self.out(attended.flatten(-2))
 
-    def _visible(self, x: Tensor, rows: Rows) -> Tensor | None:
+    def _visible(self, key: Tensor, rows: Rows) -> Tensor | None:
         """Which positions the chosen ones see: bool [B, L], None for all."""
         if not self.causal:
             return None
         assert isinstance(rows, Tensor)
-        return torch.arange(x.shape[1], device=x.device) <= rows[:, None]
+        return torch.arange(key.shape[1], device=key.device) <= rows[:, None]

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
-from fastclip.models.config import ClipConfig, ViTConfig
+from fastclip.models.config import ClipConfig, Recompute, ViTConfig
 from fastclip.models.layers import ResidualBlock, wide
 from fastclip.models.resnet import AttentionPool, Bottleneck, ModifiedResNet
 from fastclip.models.text import TextTransformer
@@ -201,13 +201,23 @@ class Clip(nn.Module):
         elif share:
             raise ValueError("patch dropout is for Vision Transformers: a ResNet has no patches")
 
-    def set_activation_checkpointing(self, vision: bool, text: bool) -> None:
-        """Recompute a tower's blocks in backward: less memory, a third more work, equal gradients.
+    def set_activation_checkpointing(self, vision: Recompute, text: Recompute) -> None:
+        """What of a tower's blocks is computed anew in backward to save memory; equal gradients.
 
-        Running statistics of BatchNorm are updated once, by the first forward pass.
+        full: everything, a third more work; running statistics of BatchNorm are updated once, by
+        the first forward pass. selective: normalisations and activations, about half of what a
+        transformer block keeps, at the price of no product.
+
+        Raises:
+            ValueError: selective, for a ResNet.
         """
-        self.visual.recompute = vision
-        self.text.recompute = text
+        if vision == "selective" and not isinstance(self.visual, VisionTransformer):
+            raise ValueError("selective recomputation is for transformers; a ResNet has full")
+        for tower, how in ((self.visual, vision), (self.text, text)):
+            tower.recompute = how == "full"
+            for module in tower.modules():
+                if isinstance(module, ResidualBlock):
+                    module.recompute_cheap = how == "selective"
 
     def freeze(self, vision: bool, text: bool) -> None:
         """Lock towers (LiT, arXiv 2111.07991): no gradients, BatchNorm as in evaluation for good.

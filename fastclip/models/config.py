@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Activation = Literal["quick_gelu", "gelu"]
+Recompute = Literal["none", "selective", "full"]
 Projection = Literal["linear", "mlp"]
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

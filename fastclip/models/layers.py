@@ -6,7 +6,7 @@ Normalisation, the residual block, projections, activation checkpointing, synchr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from fastclip.models.config import Activation, Projection
 from fastclip.tokenizer.packing import Segments
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ResultT = TypeVar("ResultT")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -50,13 +51,21 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        x = self.fc(x)
-        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
-        return self.proj(x)
+        return self.contract(self.fc(x))
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """The second half: [..., hidden width] -> [..., width]."""
+        quick = self.activation == "quick_gelu"
+        return self.proj(hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden))
 
 
 class ResidualBlock(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to the stream."""
+    """Pre-norm transformer block: attention, then MLP, each added to the stream.
+
+    Attributes:
+        recompute_cheap: keep for backward what products and attention give, and compute anew what
+            lies between: normalisations and activations.
+    """
 
     def __init__(
         self,
@@ -69,6 +78,7 @@ class ResidualBlock(nn.Module):
         depth: int,
     ) -> None:
         super().__init__()
+        self.recompute_cheap = False
         self.ln_1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads, causal=causal)
         self.ln_2 = LayerNorm(width)
@@ -91,9 +101,21 @@ class ResidualBlock(nn.Module):
         With `rows`, only those come out, [B, width]: a last block computes nothing else, since the
         rest would not be read.
         """
-        attended = self.attn(self.ln_1(x), segments, rows)
+        query, key, value = self._before_product(lambda x: self.attn.qkv(self.ln_1(x), rows), x)
+        attended = self.attn(query, key, value, segments, rows)
         x = (x if rows is None else pick(x, rows)) + attended
-        return x + self.mlp(self.ln_2(x))
+        hidden = self._before_product(lambda x: self.mlp.fc(self.ln_2(x)), x)
+        return x + self._before_product(self.mlp.contract, hidden)
+
+    def _before_product(self, function: Callable[[Tensor], ResultT], x: Tensor) -> ResultT:
+        """``function(x)``, which ends in a product; storing only x where that is asked for.
+
+        The second run stops at the product, before it is computed, having got what its backward
+        pass needs. Compiled code decides itself what to keep.
+        """
+        if not self.recompute_cheap or torch.compiler.is_compiling():
+            return function(x)
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 def run_blocks(

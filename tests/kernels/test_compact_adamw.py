@@ -13,7 +13,7 @@ import torch
 
 from fastclip.kernels import reference_optim
 
-TYPES = (
+TYPES: dict[str, str] = (
     dict.fromkeys(("step", "divisor", "skip"), "*fp32")
     | dict.fromkeys(
         ("learning_rate", "beta1", "beta2", "log2_beta1", "log2_beta2", "eps", "weight_decay"),
@@ -58,7 +58,7 @@ def test_it_compiles_without_spills(dtype, capability):
 
     needs = compile_kernel(
         compact_adamw_kernel,
-        TYPES | dict.fromkeys(TENSORS, dtype),
+        TYPES | dict.fromkeys(TENSORS, str(dtype)),
         {"BLOCK": BLOCK, "ROUND": dtype == "*bf16"},
         capability,
         num_warps=WARPS,

@@ -48,7 +48,7 @@ def _beside_plain_torch(runtime, config: ClipConfig, zero_stage: int) -> float:
     model = Clip(config)
     reference = copy.deepcopy(model)
     convert_sync_batch_norm(model)
-    model.set_activation_checkpointing(vision=True, text=True)
+    model.set_activation_checkpointing(vision="full", text="full")
     engine = build_engine(
         model,
         _optimizer(model),

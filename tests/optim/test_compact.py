@@ -25,6 +25,7 @@ def test_rounding_goes_to_a_neighbour_and_is_right_in_the_mean() -> None:
     torch.manual_seed(0)
     values = torch.randn(2000) * torch.logspace(-30, 30, 2000)
     total = torch.zeros(2000, dtype=torch.float64)
+    rounded = values.bfloat16()
     draws = 4096
     for draw in range(draws):
         bits, _ = random_bits(2000, 7, torch.tensor(float(draw)))
