@@ -125,7 +125,9 @@ _OURS = {
 }
 _DEEPSPEED: dict[str, Any] = {"needs_cuda": False, "module": "deepspeed", "install": "deepspeed"}
 PROVIDERS = (
-    Provider("fastclip-compiled", fastclip(compiled=True), needs_cuda=False),
+    Provider("fastclip-compiled", fastclip(compiled="blocks"), needs_cuda=False),
+    Provider("fastclip-towers", fastclip(compiled="towers"), needs_cuda=False),
+    Provider("fastclip-graphs", fastclip(compiled="towers", cuda_graphs=True)),
     *(Provider(name, fastclip(**savings), needs_cuda=False) for name, savings in _OURS.items()),
     Provider("fastclip-unguarded", fastclip(engine="unguarded"), needs_cuda=False),
     Provider("fastclip-zero-0", fastclip(engine="zero-0"), **_DEEPSPEED),

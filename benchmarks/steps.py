@@ -21,7 +21,7 @@ from fastclip.engine.step_guard import StepInfo
 from fastclip.flops import training_flops_per_sample
 from fastclip.models.attention import AttentionConfig
 from fastclip.models.clip import Clip
-from fastclip.models.config import ClipConfig
+from fastclip.models.config import ClipConfig, Compiled
 from fastclip.models.presets import preset
 from fastclip.optim import OptimConfig, build_optimizer, parameter_groups
 from fastclip.tokenizer.packing import PackedTokens
@@ -124,16 +124,17 @@ class FastclipStep:
         *,
         packed: bool = True,
         last_row: bool = True,
-        compiled: bool = False,
+        compiled: Compiled = "none",
+        cuda_graphs: bool = False,
         engine: EngineName = "plain",
     ) -> None:
         place = runtime("auto")
         self.case, self.packed = case, packed
+        self.multiple = 1024 if cuda_graphs else 1
         model = new_model(case).to(place.device).train()
         model.set_attention(AttentionConfig(last_row=last_row))
         model.set_patch_dropout(case.patch_dropout)
-        if compiled:
-            model.compile_blocks()
+        model.compile_parts(compiled, cuda_graphs=cuda_graphs)
         config = OptimConfig(learning_rate=LEARNING_RATE)
         optimizer = build_optimizer(parameter_groups(model, config), config, place.device)
         assert isinstance(optimizer, torch.optim.Optimizer)
@@ -169,7 +170,7 @@ class FastclipStep:
         rows = operands.tokens.cpu()
         count = len(rows)
         part = count // self.case.micro_batches
-        packed = tuple(PackedTokens.pack(few) for few in rows.split(part))
+        packed = tuple(PackedTokens.pack(few, multiple=self.multiple) for few in rows.split(part))
         return Batch(
             images=operands.images,
             tokens=rows,

@@ -20,7 +20,7 @@ from fastclip.data.loader import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.eval.suite import EvalConfig
 from fastclip.models.attention import AttentionConfig
-from fastclip.models.config import ClipConfig, Recompute
+from fastclip.models.config import ClipConfig, Compiled, Recompute
 from fastclip.models.presets import PRESETS, preset
 from fastclip.optim import OptimConfig
 from fastclip.train_step import LossConfig
@@ -71,8 +71,14 @@ class RunConfig:
     activation_checkpointing_text: Recompute = "none"
     """The same of the text tower."""
 
-    compile_blocks: bool = False
-    """Let torch.compile compile the towers' blocks: faster steps, minutes before the first."""
+    compile: Compiled = "none"
+    """What torch.compile compiles: the towers' blocks, or the towers (not under ZeRO 3). Faster
+    steps, minutes before the first."""
+
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs; for small models, whose launches take longer than
+    their work. Packed captions are filled up to a multiple of 1024 tokens, or as
+    data.pack_to_multiple says."""
 
     patch_dropout: float = 0.0
     """Share of an image's patches left out in training (FLIP, arXiv 2212.00794); ViTs only."""

@@ -13,44 +13,40 @@ import math
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (kept in int64) whose results look random.
+    """A bijection of 32-bit numbers (int32, as unsigned ones) whose results look random.
 
     The constants are C. Wellons' lowbias32 (public domain, nullprogram.com/blog/2018/07/31).
     """
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def random_bits(count: int, seed: int, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Two 32-bit numbers (int64 [count]) for each element of a tensor in one update.
+    """Two 32-bit numbers (int32 [count]) for each element of a tensor in one update.
 
     Args:
         seed: in [0, 2^31), another for each tensor.
         step: [], the number of the update.
     """
-    elements = torch.arange(count, dtype=torch.int64, device=step.device)
-    key = mix((mix(step.long()) + seed) & _MASK)
+    elements = torch.arange(count, dtype=torch.int32, device=step.device)
+    key = mix(mix(step.to(torch.int32)) + seed)
     first = mix(mix(elements) ^ key)
-    return first, mix((first + 0x9E3779B9) & _MASK)
+    return first, mix(first + (0x9E3779B9 - 2**32))
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """fp32 `x` to bfloat16: to either neighbour, the nearer the likelier.
 
     Args:
-        bits: int64, like `x`; the low 16 bits of each are used.
+        bits: int32, like `x`; the low 16 bits of each are used.
     """
-    pattern = x.view(torch.int32).long() & _MASK
-    rounded = (pattern + (bits & 0xFFFF)) & 0xFFFF0000
-    rounded = torch.where(rounded >= 2**31, rounded - 2**32, rounded)
-    return rounded.to(torch.int32).view(torch.float32).bfloat16()
+    rounded = (x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return rounded.view(torch.float32).bfloat16()
 
 
 def compact_adamw(

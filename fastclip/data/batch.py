@@ -48,7 +48,7 @@ class Batch:
         """Tokens that each text is computed with, padding included; [] without texts."""
         if self.packed is None:
             return [self.tokens.shape[1]] * min(len(self), 1)
-        return [length for part in self.packed for length in part.segments.lengths]
+        return [length for part in self.packed for length in part.lengths]
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """The batch with images, ids, and tokens (packed, or else in rows) on `device`."""

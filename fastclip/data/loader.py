@@ -67,6 +67,9 @@ class DataConfig:
     """Captions without padding, padded to the batch's longest one, or to the context length. All
     give the same features and gradients; packed computes least."""
 
+    pack_to_multiple: int = 1
+    """Fill up the tokens of packed captions to a multiple of this; run.cuda_graphs wants few."""
+
     apply_orientation: bool = False
     """Turn images as their EXIF data says; open_clip and most others do not."""
 
@@ -81,6 +84,8 @@ class DataConfig:
             raise ValueError(
                 "data.workers, data.prefetch_batches and data.max_pixels are at least 1"
             )
+        if self.pack_to_multiple < 1:
+            raise ValueError("data.pack_to_multiple is at least 1")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is a range in (0, 1], not {self.crop_scale}")
@@ -288,7 +293,8 @@ class TrainLoader:
         if self.config.text != "packed":
             return None
         part = self.batch_size // self.micro_batches
-        return tuple(PackedTokens.pack(rows) for rows in tokens.split(part))
+        multiple = self.config.pack_to_multiple
+        return tuple(PackedTokens.pack(rows, multiple=multiple) for rows in tokens.split(part))
 
     def _usable(self, epoch: int, number: int) -> _Pair:
         """The sample, or where it cannot be used another one, chosen by the same numbers."""

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
-from fastclip.models.config import ClipConfig, Recompute, ViTConfig
+from fastclip.models.config import ClipConfig, Compiled, Recompute, ViTConfig
 from fastclip.models.layers import ResidualBlock, wide
 from fastclip.models.resnet import AttentionPool, Bottleneck, ModifiedResNet
 from fastclip.models.text import TextTransformer
@@ -179,14 +179,20 @@ class Clip(nn.Module):
             elif isinstance(module, VisionTransformer | TextTransformer):
                 module.last_row = config.last_row
 
-    def compile_blocks(self) -> None:
-        """Have torch.compile compile each block at its first call, both towers'.
+    def compile_parts(self, parts: Compiled, *, cuda_graphs: bool = False) -> None:
+        """Have torch.compile compile parts of both towers, each at its first call.
 
-        All blocks of a tower share their compiled code. Parameters keep their names.
+        Args:
+            parts: the blocks, of which all of a tower share their code, or the towers as a whole.
+            cuda_graphs: replay what was compiled as CUDA graphs, one for each shape of the inputs.
         """
-        for module in self.modules():
-            if isinstance(module, ResidualBlock | Bottleneck):
-                module.compile()
+        if parts == "none":
+            return
+        mode = "reduce-overhead" if cuda_graphs else None
+        whole = [self.visual, self.text]
+        blocks = [m for m in self.modules() if isinstance(m, ResidualBlock | Bottleneck)]
+        for module in whole if parts == "towers" else blocks:
+            module.compile(mode=mode)
 
     def set_patch_dropout(self, share: float) -> None:
         """Leave out that share of an image's patches in training.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Activation = Literal["quick_gelu", "gelu"]
+Compiled = Literal["none", "blocks", "towers"]
 Recompute = Literal["none", "selective", "full"]
 Projection = Literal["linear", "mlp"]
 

@@ -24,13 +24,14 @@ class Segments:
     """int32 [B + 1]: sequence i is positions starts[i] up to starts[i + 1]."""
 
     lengths: tuple[int, ...]
-    """Of the sequences, ascending; known to the host, so that nobody has to ask the device."""
+    """Of the sequences, equal ones side by side; known to the host, so that nobody has to ask the
+    device."""
 
     bound: int = field(init=False)
     """At least the longest length; one of few values, for what is compiled for each of them."""
 
     def __post_init__(self) -> None:
-        longest = self.lengths[-1] if self.lengths else 1
+        longest = max(self.lengths, default=1)
         object.__setattr__(self, "bound", -(-longest // 64) * 64)
 
     def __len__(self) -> int:
@@ -44,7 +45,10 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Token ids of B texts without padding, in ascending order of length."""
+    """Token ids of B texts without padding, in ascending order of length.
+
+    Behind them there may be sequences of no text, which fill the tokens up to a round number.
+    """
 
     ids: Tensor
     """int32 [T]."""
@@ -59,14 +63,20 @@ class PackedTokens:
     """int64 [B]: row i of the batch is the packed text number places[i]."""
 
     def __len__(self) -> int:
-        return len(self.segments)
+        return len(self.places)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the texts, ascending."""
+        return self.segments.lengths[: len(self)]
 
     @classmethod
-    def pack(cls, tokens: Tensor) -> PackedTokens:
+    def pack(cls, tokens: Tensor, *, multiple: int = 1) -> PackedTokens:
         """Cut rows after their end of text, which is the first largest id of a row, and join them.
 
         Args:
             tokens: int32 or int64 [B, L] on the CPU.
+            multiple: fill up to a multiple of so many tokens, so that T takes few values.
 
         Raises:
             TypeError: anything else.
@@ -87,12 +97,16 @@ class PackedTokens:
         inside = columns < lengths[:, None]
         starts = torch.zeros(len(tokens) + 1, dtype=torch.int32)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=starts[1:])
-        return cls(
-            ids=tokens[order][inside].to(torch.int32),
-            positions=columns.expand(inside.shape)[inside],
-            segments=Segments(starts, tuple(lengths.tolist())),
-            places=places,
-        )
+        ids = tokens[order][inside].to(torch.int32)
+        positions = columns.expand(inside.shape)[inside]
+        filler = _filler(len(ids), multiple)
+        if filler:
+            nothing = ids.new_zeros(sum(filler))
+            ids, positions = torch.cat([ids, nothing]), torch.cat([positions, nothing])
+            more = starts[-1] + torch.tensor(filler, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            starts = torch.cat([starts, more])
+        segments = Segments(starts, (*lengths.tolist(), *filler))
+        return cls(ids, positions, segments, places)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedTokens:
         """The same on `device`."""
@@ -105,3 +119,17 @@ class PackedTokens:
     def _replaced(self, moved: Callable[[Tensor], Tensor]) -> PackedTokens:
         segments = dataclasses.replace(self.segments, starts=moved(self.segments.starts))
         return PackedTokens(moved(self.ids), moved(self.positions), segments, moved(self.places))
+
+
+_LONGEST_FILLER = 64
+
+
+def _filler(tokens: int, multiple: int) -> tuple[int, ...]:
+    """Lengths of sequences that bring `tokens` to a multiple; always as many, of one at least."""
+    if multiple <= 1:
+        return ()
+    count = -(-(multiple - 1) // (_LONGEST_FILLER - 1))
+    spare = -(tokens + count) % multiple
+    full, rest = divmod(spare, _LONGEST_FILLER - 1)
+    lengths = [_LONGEST_FILLER] * full + ([1 + rest] if rest else [])
+    return (*lengths, *[1] * (count - len(lengths)))

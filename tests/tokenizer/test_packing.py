@@ -42,6 +42,31 @@ def test_the_first_end_counts():
     assert unpacked(PackedTokens.pack(rows)) == [[EOT - 1, 5, EOT], [EOT - 1, EOT]]
 
 
+@pytest.mark.parametrize("multiple", [2, 63, 64, 65, 1024])
+def test_filled_up_to_a_multiple(multiple: int):
+    rows, _ = Tokenizer().encode_batch(TEXTS)
+    plain = PackedTokens.pack(rows)
+    shapes = set()
+    for dropped in range(4):
+        packed = PackedTokens.pack(rows[dropped:], multiple=multiple)
+        assert packed.ids.numel() % multiple == 0
+        starts, lengths = packed.segments.starts, packed.segments.lengths
+        assert starts.diff().tolist() == list(lengths)
+        assert starts[-1] == packed.ids.numel() == packed.positions.numel()
+        assert len(packed) == len(packed.lengths) == len(rows) - dropped
+        fill = lengths[len(packed) :]
+        assert all(1 <= length <= 64 for length in fill)
+        assert list(fill) == sorted(fill, reverse=True)
+        assert sum(fill) <= multiple + len(fill) - 1
+        assert packed.segments.bound == 128
+        shapes.add(len(starts) - len(packed))
+    assert len(shapes) == 1  # however many tokens are missing
+    filled = PackedTokens.pack(rows, multiple=multiple)
+    assert filled.lengths == plain.segments.lengths
+    assert torch.equal(filled.ids[: plain.ids.numel()], plain.ids)
+    assert filled.ids[plain.ids.numel() :].sum() == 0
+
+
 def test_no_texts():
     packed = PackedTokens.pack(torch.zeros(0, 77, dtype=torch.int32))
     assert len(packed) == packed.ids.numel() == packed.places.numel() == 0
