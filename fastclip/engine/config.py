@@ -190,7 +190,7 @@ def deepspeed_settings(
             # Stage 1 and 2 buffers: bytes are 4 per element, allocated on the device.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
-            "overlap_comm": on_cuda and config.zero_stage >= 2,
+            "overlap_comm": config.zero_stage >= 1,
             "contiguous_gradients": True,
             "round_robin_gradients": False,
         },

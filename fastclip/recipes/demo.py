@@ -24,7 +24,7 @@ def demo(data: str) -> TrainConfig:
             positives="label",  # one caption occurs in up to seven styles
         ),
         optim=OptimConfig(learning_rate=2e-3, beta2=0.98, eps=1e-6, warmup_steps=60),
-        engine=EngineConfig(zero_stage=1, precision="fp32", gradient_clipping=1.0),
+        engine=EngineConfig(zero_stage=0, precision="fp32", gradient_clipping=1.0),
         eval=EvalConfig(
             zero_shot=(
                 _zero_shot(root, "fluent-emoji-flat", "style-fluent-emoji-flat", "emoji"),

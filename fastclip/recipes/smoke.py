@@ -13,6 +13,6 @@ def smoke(data: str) -> TrainConfig:
         model=preset("ViT-Nano-8"),
         data=DataConfig(train=data),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=5),
-        engine=EngineConfig(zero_stage=1, precision="fp32"),
+        engine=EngineConfig(zero_stage=0, precision="fp32"),
         run=RunConfig(directory="runs/smoke", global_batch_size=64, steps=20, log_every_steps=5),
     )
