@@ -79,7 +79,7 @@ PARTS = (
                 "tests/benchmarks",
                 "tests/tokenizer",
                 "tests/models/test_packing.py",
-                "tests/engine/test_step_guard.py",
+                "tests/engine",
             ),
         ),
         60,
@@ -91,6 +91,13 @@ PARTS = (
         "tokenizer",
         ((*_bench("tokenizer_cuda"), "--only", "web", "--batches", "4096", "1048576"),),
         40,
+        stamped=True,
+    ),
+    Part(
+        "optim",
+        ((*_bench("optim"), "--models", "ViT-B-32", "ViT-L-14"),),
+        60,
+        by_default=False,
         stamped=True,
     ),
     *(

@@ -80,6 +80,9 @@ class RunConfig:
     their work. Packed captions are filled up to a multiple of 1024 tokens, or as
     data.pack_to_multiple says."""
 
+    layer_norm: Literal["torch", "apex"] = "torch"
+    """Whose layer normalisation runs; what is compiled fuses torch's with its neighbours."""
+
     patch_dropout: float = 0.0
     """Share of an image's patches left out in training (FLIP, arXiv 2212.00794); ViTs only."""
 

@@ -123,8 +123,8 @@ def _parts() -> tuple[Finding, ...]:
         _one_of_two(
             "training engine",
             version_of("deepspeed") is not None,
-            ("DeepSpeed ZeRO", "stages 0 to 3"),
-            ("none", "`fastclip train` would stop: pip install 'fastclip-torch[train]'"),
+            ("PyTorch, DeepSpeed", "one rank; several, with ZeRO 0 to 3"),
+            ("PyTorch", "one rank; several would stop: pip install 'fastclip-torch[train]'"),
         ),
         _one_of_two(
             "collectives",

@@ -227,6 +227,8 @@ def build_model(config: TrainConfig, zero_stage: int) -> Clip:
         vision=run.activation_checkpointing_visual, text=run.activation_checkpointing_text
     )
     model.set_attention(config.attention)
+    if run.layer_norm == "apex":
+        model.use_apex_layer_norm()
     model.set_patch_dropout(run.patch_dropout)
     model.compile_parts(run.compile, cuda_graphs=run.cuda_graphs)
     model.freeze(vision=run.freeze_visual, text=run.freeze_text)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
+from fastclip import nvidia_apex
 from fastclip.models.attention import AttentionConfig, SelfAttention, find_xformers
 from fastclip.models.config import ClipConfig, Compiled, Recompute, ViTConfig
-from fastclip.models.layers import ResidualBlock, wide
+from fastclip.models.layers import LayerNorm, ResidualBlock, wide
 from fastclip.models.resnet import AttentionPool, Bottleneck, ModifiedResNet
 from fastclip.models.text import TextTransformer
 from fastclip.models.vit import VisionTransformer
@@ -193,6 +194,19 @@ class Clip(nn.Module):
         blocks = [m for m in self.modules() if isinstance(m, ResidualBlock | Bottleneck)]
         for module in whole if parts == "towers" else blocks:
             module.compile(mode=mode)
+
+    def use_apex_layer_norm(self) -> None:
+        """Normalise layers by NVIDIA apex's kernel.
+
+        Raises:
+            ImportError: apex is not built with it.
+        """
+        function = nvidia_apex.find_layer_norm()
+        if function is None:
+            raise ImportError(f"run.layer_norm=apex {nvidia_apex.ADVICE}: build it, or set torch")
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.function = function
 
     def set_patch_dropout(self, share: float) -> None:
         """Leave out that share of an image's patches in training.

@@ -76,7 +76,7 @@ def _bytes_per_parameter(runtime, place: Place, algorithm: str, folder) -> float
 def _all_places(runtime, folder):
     places: list[tuple[Place, str]] = [(stage, "adamw") for stage in (0, 1, 2, 3)]
     if runtime.world_size == 1:
-        places += [("plain", "adamw"), ("plain", "compact_adamw")]
+        places.extend([("plain", "adamw"), ("plain", "compact_adamw")])
     return {place: _bytes_per_parameter(runtime, *place, folder) for place in places}
 
 

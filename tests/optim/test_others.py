@@ -234,3 +234,28 @@ def test_apex_is_used_where_its_compiled_part_is(monkeypatch):
         made = build_optimizer([{"params": [weight]}], config, CPU)
         assert isinstance(made, _Fused)
         assert argument in made.arguments
+
+
+def test_apexs_layer_norm_gets_fp32(monkeypatch):
+    model = Clip(preset("ViT-Nano-8"))
+    with pytest.raises(ImportError, match=r"run\.layer_norm=apex needs NVIDIA's apex"):
+        model.use_apex_layer_norm()
+    seen = []
+
+    def fused(x, weight, bias, shape, eps):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+
+    module = types.ModuleType("apex.normalization.fused_layer_norm")
+    module.fused_layer_norm_affine = fused  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", types.ModuleType("x"))
+    for name in ("apex", "apex.normalization"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "apex.normalization.fused_layer_norm", module)
+    model.autocast_dtype = torch.bfloat16
+    side = model.config.vision.image_size
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    expected = model(images, torch.full((2, 5), 3)).image_features
+    model.use_apex_layer_norm()
+    assert torch.equal(model(images, torch.full((2, 5), 3)).image_features, expected)
+    assert set(seen) == {(torch.float32, False)}
