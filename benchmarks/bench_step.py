@@ -123,13 +123,14 @@ _OURS = {
     "fastclip-all-rows": {"packed": True, "last_row": False},
     "fastclip-padded-all-rows": {"packed": False, "last_row": False},
 }
-_DEEPSPEED: dict[str, Any] = {"needs_cuda": False, "module": "deepspeed", "install": "deepspeed"}
+_UPDATES: dict[str, Any] = {"needs_cuda": False, "accepts": lambda case: case.part == "step"}
+_DEEPSPEED: dict[str, Any] = _UPDATES | {"module": "deepspeed", "install": "deepspeed"}
 PROVIDERS = (
     Provider("fastclip-compiled", fastclip(compiled="blocks"), needs_cuda=False),
     Provider("fastclip-towers", fastclip(compiled="towers"), needs_cuda=False),
     Provider("fastclip-graphs", fastclip(compiled="towers", cuda_graphs=True)),
     *(Provider(name, fastclip(**savings), needs_cuda=False) for name, savings in _OURS.items()),
-    Provider("fastclip-unguarded", fastclip(engine="unguarded"), needs_cuda=False),
+    Provider("fastclip-unguarded", fastclip(engine="unguarded"), **_UPDATES),
     Provider("fastclip-zero-0", fastclip(engine="zero-0"), **_DEEPSPEED),
     Provider("fastclip-zero-1", fastclip(engine="zero-1"), **_DEEPSPEED),
     *(
@@ -180,6 +181,10 @@ SETS: dict[str, tuple[StepCase, ...]] = {
     "large_batch": (
         StepCase("ViT-B-32", 32_768, micro_batches=16),
         StepCase("ViT-B-16", 32_768, micro_batches=32),
+    ),
+    # As large as fits: pixels stay on the device.
+    "maximum": tuple(
+        StepCase("ViT-B-16", batch, micro_batches=batch // 1024) for batch in (131_072, 262_144)
     ),
     "patch_dropout": (StepCase("ViT-B-16", 1024, patch_dropout=0.5),),
 }

@@ -108,7 +108,7 @@ PARTS = (
             by_default=False,
             stamped=True,
         )
-        for cases in ("small", "dense", "grid", "large_batch", "patch_dropout")
+        for cases in ("small", "dense", "grid", "large_batch", "maximum", "patch_dropout")
     ),
     Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
     *(

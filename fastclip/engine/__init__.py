@@ -80,6 +80,8 @@ def convert_to_universal(source: Path, output: Path, *, zero_stage: int) -> None
     shutil.rmtree(partial, ignore_errors=True)
     if zero_stage == 0:
         states = whole_state.read(source / whole_state.FILE_NAME)
+        if not states:
+            raise ValueError(f"{source} was written before the optimiser's first update")
         universal.write(partial, load_file(source / "model.safetensors"), states)
         step = next(iter(states.values()))["step"]
     else:

@@ -166,7 +166,6 @@ def deepspeed_settings(
     micro_batch_size: int,
     micro_batches: int,
     world_size: int,
-    on_cuda: bool,
     zero_keys: Collection[str],
     load_universal: bool = False,
 ) -> dict[str, Any]:

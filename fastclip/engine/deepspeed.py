@@ -56,7 +56,6 @@ class DeepSpeedEngine(Engine):
             micro_batch_size=micro_batch_size,
             micro_batches=micro_batches,
             world_size=runtime.world_size,
-            on_cuda=runtime.device.type == "cuda",
             zero_keys=known_zero_keys(),
             load_universal=universal and config.zero_stage > 0,
         )

@@ -153,7 +153,6 @@ def _settings(config: EngineConfig) -> dict:
         micro_batch_size=4,
         micro_batches=2,
         world_size=3,
-        on_cuda=False,
         zero_keys={"stage", "reduce_bucket_size"},
     )
 
