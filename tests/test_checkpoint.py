@@ -85,7 +85,7 @@ def test_half_written_checkpoints_do_not_count(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.algorithm=muon"], "needs engine.backend=deepspeed"),
+        (["optim.algorithm=muon"], "needs engine.zero_stage 1, 2 or 3"),
         (["run.seed=9"], "set run.seed=0"),
         (["model.text.width=64"], "holds another model (model.text.width is 128 there and 64"),
     ],
@@ -121,29 +121,32 @@ class _Harmful:
         return (print, ("code from a checkpoint ran",))
 
 
+SHARDED = ("engine.backend=deepspeed", "engine.zero_stage=1")
+
+
 @pytest.fixture(scope="module")
 def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("sharded") / "run"
-    assert _train(data, run, "engine.backend=deepspeed", "run.steps=2") == 0
+    assert _train(data, run, *SHARDED, "run.steps=2") == 0
     return run
 
 
 @pytest.mark.parametrize(
     "name", ["rank-00000.pt", "mp_rank_00_model_states.pt", "*optim_states.pt"]
 )
-@pytest.mark.parametrize("backend", ["deepspeed", "plain"])
+@pytest.mark.parametrize("engine", [SHARDED, ("engine.backend=plain",)], ids=["same", "other"])
 def test_checkpoints_cannot_run_code(
     sharded: Path,
     tmp_path: Path,
     data: Path,
     capfd: pytest.CaptureFixture,
     name: str,
-    backend: str,
+    engine: tuple[str, ...],
 ) -> None:
     run = Path(shutil.copytree(sharded, tmp_path / "run"))
     (path,) = (run / "checkpoints" / step_tag(2)).glob(name)
     torch.save({"module": _Harmful()}, path, pickle_module=pickle)
-    assert _train(data, run, "run.steps=4", f"engine.backend={backend}") == 1
+    assert _train(data, run, "run.steps=4", *engine) == 1
     output = capfd.readouterr()
     assert "code from a checkpoint ran" not in output.out + output.err
     assert "cannot be loaded" in output.err

@@ -257,6 +257,8 @@ def merge_shards(source: Path, output: Path, *, zero_stage: int) -> Tensor:
     Raises:
         ValueError: the optimiser's state is not Adam's, which is all that DeepSpeed converts.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = argparse.Namespace(
