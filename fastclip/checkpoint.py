@@ -89,6 +89,7 @@ def save_checkpoint(
     loader_state: dict[str, Any],
     model_config: dict[str, Any],
     keep: int,
+    algorithm: str = "adamw",
 ) -> Path:
     """Write the checkpoint of `step`, point `latest` at it, keep the newest `keep`. Collective."""
     tag = step_tag(step)
@@ -115,6 +116,7 @@ def save_checkpoint(
             "step": step,
             "world_size": runtime.world_size,
             "zero_stage": engine.zero_stage,
+            "algorithm": algorithm,
             "engine": engine.state_dict(),
             "loader": loader_state,
             "torch": torch.__version__,
@@ -137,6 +139,8 @@ def find_resume_point(
     zero_stage: int,
     model_config: dict[str, Any],
     tag: str | None = None,
+    *,
+    algorithm: str = "adamw",
 ) -> ResumePoint | None:
     """The newest complete checkpoint (or the one named `tag`), None when there is none. Collective.
 
@@ -145,11 +149,14 @@ def find_resume_point(
 
     Raises:
         FileNotFoundError: `tag` was asked for and is not a complete checkpoint.
-        ValueError: written for another model, or by another version of fastclip.
+        ValueError: written for another model, by another version of fastclip, or by an optimiser
+            whose state this `algorithm` cannot take over.
     """
     return _decided_by_main(
         runtime,
-        lambda: _find_resume_point(directory, runtime.world_size, zero_stage, model_config, tag),
+        lambda: _find_resume_point(
+            directory, runtime.world_size, zero_stage, model_config, tag, algorithm
+        ),
     )
 
 
@@ -159,6 +166,7 @@ def _find_resume_point(
     zero_stage: int,
     model_config: dict[str, Any],
     tag: str | None,
+    algorithm: str,
 ) -> ResumePoint | None:
     complete = complete_checkpoints(directory)
     if tag is None and not complete:
@@ -178,6 +186,12 @@ def _find_resume_point(
         raise ValueError(
             f"{directory / chosen} holds another model ({'; '.join(differences)}): resume with its "
             "settings, or choose another run.directory"
+        )
+    if (meta["algorithm"] == "muon") != (algorithm == "muon"):
+        raise ValueError(
+            f"{directory / chosen} was written with optim.algorithm={meta['algorithm']}, whose "
+            f"state {algorithm} cannot take over: resume with it, or start a new run from its "
+            f"weights with run.init_from={directory / chosen}"
         )
     same_world = meta["world_size"] == world_size
     written_at = meta["zero_stage"]

@@ -164,7 +164,13 @@ class Run:
 
     def _resume_point(self) -> ResumePoint | None:
         stage = effective_zero_stage(self.config.engine, self.runtime.world_size, self.config.optim)
-        return find_resume_point(self.checkpoints, self.runtime, stage, to_dict(self.config.model))
+        return find_resume_point(
+            self.checkpoints,
+            self.runtime,
+            stage,
+            to_dict(self.config.model),
+            algorithm=self.config.optim.algorithm,
+        )
 
     def close(self) -> None:
         """Stop the loader's threads, release the engine."""

@@ -138,6 +138,7 @@ def _save(run: Run) -> None:
             loader_state=run.loader.state_dict(),
             model_config=to_dict(run.config.model),
             keep=run.config.run.keep_checkpoints,
+            algorithm=run.config.optim.algorithm,
         )
     run.saved_at = time.monotonic()
 

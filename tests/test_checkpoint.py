@@ -86,6 +86,7 @@ def test_half_written_checkpoints_do_not_count(run: Path) -> None:
     ("overrides", "message"),
     [
         (["optim.algorithm=muon"], "needs engine.zero_stage 1, 2 or 3"),
+        (["optim.algorithm=muon", "engine.zero_stage=1"], "whose state muon cannot take over"),
         (["run.seed=9"], "set run.seed=0"),
         (["model.text.width=64"], "holds another model (model.text.width is 128 there and 64"),
     ],
@@ -150,6 +151,13 @@ def test_checkpoints_cannot_run_code(
     output = capfd.readouterr()
     assert "code from a checkpoint ran" not in output.out + output.err
     assert "cannot be loaded" in output.err
+
+
+def test_a_run_goes_on_with_another_adam(run: Path, data: Path) -> None:
+    compact = ("optim.algorithm=compact_adamw", "engine.precision=bf16")
+    assert _train(data, run, "run.steps=7", *compact) == 0
+    assert _train(data, run, "run.steps=8", "optim.algorithm=lamb") == 0
+    assert _train(data, run, "run.steps=9") == 0
 
 
 def test_a_run_goes_on_under_another_engine(sharded: Path, tmp_path: Path, data: Path) -> None:

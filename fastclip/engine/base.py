@@ -105,7 +105,9 @@ class Engine(abc.ABC):
         """Judge the whole gradient; tell the optimiser what to divide it by, or to do nothing."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float() / self.loss_scale.value
+        # In fp32, also of gradients in bfloat16.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale.value
         good = self.guard.judge(norm)
         divisor = self.loss_scale.value if self.loss_scale.enabled else None
         if self.config.gradient_clipping > 0:

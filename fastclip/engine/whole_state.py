@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastclip.engine import universal
+from fastclip.optim import CompactAdamW, Lamb
 
 FILE_NAME = "optimizer.safetensors"
 
@@ -95,9 +96,8 @@ def _restore(
         key: stored[key].reshape(parameter.shape).to(parameter.device, parameter.dtype)
         for key in expected
     }
-    if "step" in group:
-        group["step"] = int(stored["step"])
-    else:
-        # torch's fused and capturable code wants the count beside the parameter.
+    if isinstance(optimizer, torch.optim.AdamW | CompactAdamW | Lamb):
         state["step"] = stored["step"].reshape(()).float().clone().to(parameter.device)
+    else:  # apex's and DeepSpeed's count per group, on the host
+        group["step"] = int(stored["step"])
     optimizer.state[parameter] = state

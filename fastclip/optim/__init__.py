@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +14,8 @@ from fastclip import nvidia_apex
 from fastclip.models.clip import Clip, tower_of
 from fastclip.optim.compact import CompactAdamW, store_compactly
 from fastclip.optim.lamb import Lamb
+
+logger = logging.getLogger("fastclip")
 
 __all__ = [
     "CompactAdamW",
@@ -211,6 +214,8 @@ def build_optimizer(
     if config.algorithm == "lamb":
         return Lamb(groups, **arguments)
     if config.algorithm == "compact_adamw":
+        if device.type == "cpu":
+            logger.warning("compact_adamw runs in plain PyTorch on a CPU, where it is slow")
         return CompactAdamW(groups, **arguments)
     return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **arguments)
 

@@ -14,7 +14,7 @@ from fastclip.checkpoint import (
     save_checkpoint,
     step_tag,
 )
-from fastclip.engine import Engine, EngineConfig, build_engine
+from fastclip.engine import Engine, EngineConfig, build_engine, whole_state
 from fastclip.engine.config import effective_zero_stage
 from fastclip.engine.universal import write
 from fastclip.optim import OptimConfig
@@ -166,3 +166,48 @@ def test_a_state_that_is_not_adams_cannot_be_converted(tmp_path):
     momentum = {"weight": {"momentum_buffer": torch.zeros(2), "step": torch.tensor(1.0)}}
     with pytest.raises(ValueError, match="no exp_avg, exp_avg_sq: it can only be resumed"):
         write(tmp_path, {"weight": torch.zeros(2)}, momentum)
+
+
+class CountsPerGroup(torch.optim.SGD):
+    """As apex's and DeepSpeed's fused Adam keep the number of steps."""
+
+
+def test_counts_per_group_are_restored(tmp_path):
+    model = _model(0)
+    optimizer = _optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    whole_state.save(tmp_path, model, optimizer)
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    other = CountsPerGroup(groups, lr=0.1)
+    whole_state.load(tmp_path, model, other)
+    assert [group["step"] for group in other.param_groups] == [3, 3]
+    parameter = groups[0]["params"][0]
+    assert "step" not in other.state[parameter]
+    assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    whole_state.save(tmp_path, model, other)  # and they are written
+    again = _optimizer(model)
+    whole_state.load(tmp_path, model, again)
+    assert float(again.state[parameter]["step"]) == 3.0
+
+
+def test_other_states_are_named(tmp_path):
+    model = _model(0)
+    optimizer = _optimizer(model)
+    with pytest.raises(FileNotFoundError, match="has no optimizer.safetensors"):
+        whole_state.load(tmp_path, model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    whole_state.save(tmp_path, model, optimizer)
+    model.text.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"text\.bias was trained there only"):
+        whole_state.load(tmp_path, model, optimizer)
+    momentum = torch.optim.SGD(model.visual.parameters(), lr=0.1, momentum=0.9)
+    momentum.step()
+    model.text.requires_grad_(True)
+    whole_state.save(tmp_path, model, momentum)
+    with pytest.raises(ValueError, match="other parameters"):
+        whole_state.load(tmp_path, model, optimizer)
