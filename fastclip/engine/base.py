@@ -106,7 +106,7 @@ class Engine(abc.ABC):
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         # In fp32, also of gradients in bfloat16.
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale.value
         good = self.guard.judge(norm)
         divisor = self.loss_scale.value if self.loss_scale.enabled else None

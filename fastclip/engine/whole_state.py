@@ -71,7 +71,7 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> States:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {k: v for k, v in optimizer.state.get(parameter, {}).items() if v is not None}
-            if state and "step" not in state:  # some count per group
+            if state and "step" not in state and "step" in group:  # some count per group
                 state["step"] = torch.tensor(float(group["step"]))
             found[names[parameter]] = {k: torch.as_tensor(v) for k, v in state.items()}
     return {name: state for name, state in found.items() if state}

@@ -196,7 +196,7 @@ def test_counts_per_group_are_restored(tmp_path):
 def test_other_states_are_named(tmp_path):
     model = _model(0)
     optimizer = _optimizer(model)
-    with pytest.raises(FileNotFoundError, match="has no optimizer.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no optimizer\.safetensors"):
         whole_state.load(tmp_path, model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
