@@ -32,8 +32,9 @@ def _table(rows: Sequence[Row]) -> str:
     lines = [
         "Training steps (or a tower's forward and backward): ours in pairs a second, then how many "
         "times it is each other way's rate. `padded` and `all-rows` are ours without one of the "
-        f"savings each. {first['device']}, torch {first['torch']}, commit {commit}, "
-        f"{first['date'][:10]}.",
+        "savings each, `unguarded` without the gradient's norm and check, `zero-0` and `zero-1` "
+        f"under DeepSpeed instead of the plain engine. {first['device']}, torch {first['torch']}, "
+        f"commit {commit}, {first['date'][:10]}.",
         "",
         "| | fastclip | " + " | ".join(heads) + " |",
         "|---|" + "---:|" * (1 + len(providers)),
