@@ -24,7 +24,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def save_checkpoint(
     model_config: dict[str, Any],
     keep: int,
     algorithm: str = "adamw",
+    frozen: Sequence[str] = (),
 ) -> Path:
     """Write the checkpoint of `step`, point `latest` at it, keep the newest `keep`. Collective."""
     tag = step_tag(step)
@@ -117,6 +118,7 @@ def save_checkpoint(
             "world_size": runtime.world_size,
             "zero_stage": engine.zero_stage,
             "algorithm": algorithm,
+            "frozen": list(frozen),
             "engine": engine.state_dict(),
             "loader": loader_state,
             "torch": torch.__version__,
@@ -125,10 +127,14 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         os.replace(directory / partial, final)
+        shutil.rmtree(directory / f"{tag}-universal", ignore_errors=True)  # of an earlier one
         _write_text(directory / "latest", tag + "\n")
         for old in complete_checkpoints(directory)[:-keep]:
             shutil.rmtree(directory / old)
-            shutil.rmtree(directory / f"{old}-universal", ignore_errors=True)
+        kept = complete_checkpoints(directory)
+        for made in directory.glob("step-*-universal"):
+            if made.name.removesuffix("-universal") not in kept:
+                shutil.rmtree(made)
     barrier()
     return final
 
@@ -141,6 +147,7 @@ def find_resume_point(
     tag: str | None = None,
     *,
     algorithm: str = "adamw",
+    frozen: Sequence[str] = (),
 ) -> ResumePoint | None:
     """The newest complete checkpoint (or the one named `tag`), None when there is none. Collective.
 
@@ -150,12 +157,12 @@ def find_resume_point(
     Raises:
         FileNotFoundError: `tag` was asked for and is not a complete checkpoint.
         ValueError: written for another model, by another version of fastclip, or by an optimiser
-            whose state this `algorithm` cannot take over.
+            whose state this `algorithm` cannot take over, or with other towers `frozen`.
     """
     return _decided_by_main(
         runtime,
         lambda: _find_resume_point(
-            directory, runtime.world_size, zero_stage, model_config, tag, algorithm
+            directory, runtime.world_size, zero_stage, model_config, tag, algorithm, list(frozen)
         ),
     )
 
@@ -167,6 +174,7 @@ def _find_resume_point(
     model_config: dict[str, Any],
     tag: str | None,
     algorithm: str,
+    frozen: list[str],
 ) -> ResumePoint | None:
     complete = complete_checkpoints(directory)
     if tag is None and not complete:
@@ -176,9 +184,10 @@ def _find_resume_point(
         raise FileNotFoundError(f"no complete checkpoint {directory / tag}; there are: {have}")
     chosen = tag if tag is not None else complete[-1]
     meta = _read_json(directory / chosen / "fastclip.json")
-    if meta["format_version"] != FORMAT_VERSION:
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{directory / chosen} has format version {meta['format_version']}; this fastclip "
+            f"{directory / chosen} has format version {version}; this fastclip "
             f"reads {FORMAT_VERSION}: use the version that wrote it"
         )
     differences = _differences(_read_json(directory / chosen / "model.json"), model_config)
@@ -192,6 +201,12 @@ def _find_resume_point(
             f"{directory / chosen} was written with optim.algorithm={meta['algorithm']}, whose "
             f"state {algorithm} cannot take over: resume with it, or start a new run from its "
             f"weights with run.init_from={directory / chosen}"
+        )
+    if meta["frozen"] != frozen:
+        raise ValueError(
+            f"{directory / chosen} was written with frozen towers {meta['frozen']}, and this run "
+            f"has {frozen}: set run.freeze_visual and run.freeze_text as then, or start a new run "
+            f"from its weights with run.init_from={directory / chosen}"
         )
     same_world = meta["world_size"] == world_size
     written_at = meta["zero_stage"]
@@ -245,8 +260,15 @@ def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> Non
 def _damage_explained(path: Path, checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+    except (
+        AssertionError,  # DeepSpeed's word for files that are missing
+        EOFError,
+        FileNotFoundError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be loaded ({reason}): if it is damaged, remove "
             f"{checkpoint} to resume from the checkpoint before it"

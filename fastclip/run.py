@@ -170,7 +170,15 @@ class Run:
             stage,
             to_dict(self.config.model),
             algorithm=self.config.optim.algorithm,
+            frozen=self.frozen,
         )
+
+    @property
+    def frozen(self) -> list[str]:
+        """Towers that are not trained."""
+        run = self.config.run
+        choices = (("visual", run.freeze_visual), ("text", run.freeze_text))
+        return [name for name, frozen in choices if frozen]
 
     def close(self) -> None:
         """Stop the loader's threads, release the engine."""

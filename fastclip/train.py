@@ -139,6 +139,7 @@ def _save(run: Run) -> None:
             model_config=to_dict(run.config.model),
             keep=run.config.run.keep_checkpoints,
             algorithm=run.config.optim.algorithm,
+            frozen=run.frozen,
         )
     run.saved_at = time.monotonic()
 

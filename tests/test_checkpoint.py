@@ -88,6 +88,7 @@ def test_half_written_checkpoints_do_not_count(run: Path) -> None:
         (["optim.algorithm=muon"], "needs engine.zero_stage 1, 2 or 3"),
         (["optim.algorithm=muon", "engine.zero_stage=1"], "whose state muon cannot take over"),
         (["run.seed=9"], "set run.seed=0"),
+        (["run.freeze_visual=true"], "set run.freeze_visual and run.freeze_text as then"),
         (["model.text.width=64"], "holds another model (model.text.width is 128 there and 64"),
     ],
 )
@@ -165,6 +166,31 @@ def test_a_run_goes_on_under_another_engine(sharded: Path, tmp_path: Path, data:
     assert _train(data, run, "run.steps=4") == 0
     assert _train(data, run, "run.steps=6", "engine.backend=deepspeed", "engine.zero_stage=3") == 0
     assert complete_checkpoints(run / "checkpoints") == [step_tag(4), step_tag(6)]
+
+
+def test_a_conversion_is_made_anew_for_a_new_checkpoint(
+    sharded: Path, tmp_path: Path, data: Path
+) -> None:
+    run = Path(shutil.copytree(sharded, tmp_path / "run"))
+    checkpoints = run / "checkpoints"
+    assert _train(data, run, "run.steps=4") == 0  # converts what is sharded
+    assert (checkpoints / f"{step_tag(2)}-universal").is_dir()
+    for step in (2, 4):
+        shutil.rmtree(checkpoints / step_tag(step))
+    assert _train(data, run, *SHARDED, "run.steps=2") == 0
+    assert not list(checkpoints.glob("*-universal"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rank-00000.pt", "optimizer.safetensors"])
+def test_missing_files_are_named(
+    run: Path, data: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    newest = run / "checkpoints" / step_tag(6)
+    (newest / name).unlink()
+    assert _train(data, run, "run.steps=8") == 1
+    error = capsys.readouterr().err
+    assert f"remove {newest} to resume from the checkpoint before it" in error
+    assert "Traceback" not in error
 
 
 def test_newer_formats_are_refused(run: Path) -> None:

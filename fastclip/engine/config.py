@@ -144,7 +144,7 @@ def choose_backend(
         )
     if backend == "deepspeed" and config.zero_stage and algorithm in ("lamb", "compact_adamw"):
         raise ValueError(
-            f"optim.{algorithm=!s} works on whole parameters: on several ranks it needs "
+            f"optim.{algorithm=!s} works on whole parameters: under DeepSpeed it needs "
             "engine.zero_stage=0"
         )
     if algorithm == "muon" and not config.zero_stage:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.distributed.runtime import Runtime
@@ -62,6 +63,8 @@ class DeepSpeedEngine(Engine):
         self._open = contextlib.ExitStack()
         # DeepSpeed reads a launcher's variable all its life, also where there is no launcher.
         self._open.enter_context(_environment("LOCAL_RANK", str(runtime.local_rank)))
+        # ZeRO-3 puts its own function in place of torch's, for the whole process.
+        self._open.callback(setattr, F, "linear", F.linear)
         chosen: dict[str, Any] = {"optimizer": optimizer}
         if isinstance(optimizer, DeepSpeedOptimizer):
             if optimizer.kind == "Muon":

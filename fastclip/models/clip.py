@@ -232,7 +232,10 @@ class Clip(nn.Module):
             ValueError: selective, for a ResNet.
         """
         if vision == "selective" and not isinstance(self.visual, VisionTransformer):
-            raise ValueError("selective recomputation is for transformers; a ResNet has full")
+            raise ValueError(
+                "run.activation_checkpointing_visual=selective is for transformers; a ResNet has "
+                "full"
+            )
         for tower, how in ((self.visual, vision), (self.text, text)):
             tower.recompute = how == "full"
             for module in tower.modules():

@@ -99,7 +99,7 @@ class PackedTokens:
         torch.cumsum(lengths, 0, dtype=torch.int32, out=starts[1:])
         ids = tokens[order][inside].to(torch.int32)
         positions = columns.expand(inside.shape)[inside]
-        filler = _filler(len(ids), multiple)
+        filler = _filler(len(ids), multiple, max(2, min(64, tokens.shape[1])))
         if filler:
             nothing = ids.new_zeros(sum(filler))
             ids, positions = torch.cat([ids, nothing]), torch.cat([positions, nothing])
@@ -121,15 +121,12 @@ class PackedTokens:
         return PackedTokens(moved(self.ids), moved(self.positions), segments, moved(self.places))
 
 
-_LONGEST_FILLER = 64
-
-
-def _filler(tokens: int, multiple: int) -> tuple[int, ...]:
+def _filler(tokens: int, multiple: int, longest: int) -> tuple[int, ...]:
     """Lengths of sequences that bring `tokens` to a multiple; always as many, of one at least."""
     if multiple <= 1:
         return ()
-    count = -(-(multiple - 1) // (_LONGEST_FILLER - 1))
+    count = -(-(multiple - 1) // (longest - 1))
     spare = -(tokens + count) % multiple
-    full, rest = divmod(spare, _LONGEST_FILLER - 1)
-    lengths = [_LONGEST_FILLER] * full + ([1 + rest] if rest else [])
+    full, rest = divmod(spare, longest - 1)
+    lengths = [longest] * full + ([1 + rest] if rest else [])
     return (*lengths, *[1] * (count - len(lengths)))
