@@ -17,6 +17,7 @@ process leaves either the old state or the new one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -129,6 +130,10 @@ def save_checkpoint(
         os.replace(directory / partial, final)
         shutil.rmtree(directory / f"{tag}-universal", ignore_errors=True)  # of an earlier one
         _write_text(directory / "latest", tag + "\n")
+        for other in complete_checkpoints(directory):
+            if other > tag:  # of a run that this one has begun anew in place of
+                aside = (directory / f".superseded-{other}-{n}" for n in itertools.count(1))
+                os.replace(directory / other, next(path for path in aside if not path.exists()))
         for old in complete_checkpoints(directory)[:-keep]:
             shutil.rmtree(directory / old)
         kept = complete_checkpoints(directory)
@@ -268,6 +273,8 @@ def _damage_explained(path: Path, checkpoint: Path) -> Iterator[None]:
         SafetensorError,
         pickle.UnpicklingError,
     ) as error:
+        if "gloo" in str(error) or "NCCL" in str(error):
+            raise  # another rank has gone; the files may be well
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be loaded ({reason}): if it is damaged, remove "
@@ -302,7 +309,7 @@ def _decided_by_main(
     if runtime.is_main:
         try:
             answer = (decide(), None)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # or the other ranks would wait for ever
             answer = (None, error)
     point, error = broadcast_object(answer)
     if error is not None:

@@ -181,6 +181,16 @@ def test_a_conversion_is_made_anew_for_a_new_checkpoint(
     assert not list(checkpoints.glob("*-universal"))
 
 
+def test_a_run_begun_anew_keeps_its_own_checkpoints(run: Path, data: Path) -> None:
+    checkpoints = run / "checkpoints"
+    assert _train(data, run, "run.resume=false", "run.steps=2", "run.seed=5") == 0
+    assert complete_checkpoints(checkpoints) == [step_tag(2)]
+    assert (checkpoints / "latest").read_text() == f"{step_tag(2)}\n"
+    # What was there is put aside, not thrown away.
+    assert (checkpoints / f".superseded-{step_tag(6)}-1" / "model.safetensors").is_file()
+    assert _train(data, run, "run.steps=3", "run.seed=5") == 0
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "rank-00000.pt", "optimizer.safetensors"])
 def test_missing_files_are_named(
     run: Path, data: Path, capsys: pytest.CaptureFixture, name: str

@@ -69,7 +69,8 @@ class EngineConfig:
     """Sharded over the ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too."""
 
     precision: Precision = "bf16"
-    """Autocast dtype of the towers. Parameters, optimiser states and the temperature stay fp32."""
+    """Autocast dtype of the towers. Parameters and optimiser states stay fp32, but for what
+    compact_adamw keeps in bfloat16; the temperature always does."""
 
     gradient_clipping: float = 0.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
@@ -146,6 +147,11 @@ def choose_backend(
         raise ValueError(
             f"optim.{algorithm=!s} works on whole parameters: under DeepSpeed it needs "
             "engine.zero_stage=0"
+        )
+    if algorithm == "muon" and config.gradient_clipping > 0:
+        raise ValueError(
+            "optim.algorithm=muon needs engine.gradient_clipping=0: DeepSpeed would clip Muon's "
+            "orthogonal updates, of which the gradient's size says nothing"
         )
     if algorithm == "muon" and not config.zero_stage:
         raise ValueError(

@@ -61,10 +61,13 @@ class LossScale:
         self.good_steps.copy_(torch.where(full, 0, good_steps))
 
     def state_dict(self) -> dict[str, float]:
+        """Empty where it is not enabled: a later fp16 run begins with its own scale."""
+        if not self.enabled:
+            return {}
         return {"value": float(self.value), "good_steps": int(self.good_steps)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        if self.enabled:
+        if self.enabled and state:
             self.value.fill_(float(state["value"]))
             self.good_steps.fill_(int(state["good_steps"]))
 

@@ -74,6 +74,12 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> States:
             if state and "step" not in state and "step" in group:  # some count per group
                 state["step"] = torch.tensor(float(group["step"]))
             found[names[parameter]] = {k: torch.as_tensor(v) for k, v in state.items()}
+    # An update is made of all parameters or of none. (DeepSpeed's FusedAdam counts it in the last
+    # parameter of a group alone.)
+    counts = [state["step"].float() for state in found.values() if "step" in state]
+    for state in found.values():
+        if "step" in state:
+            state["step"] = torch.stack([count.cpu().reshape(()) for count in counts]).max()
     return {name: state for name, state in found.items() if state}
 
 

@@ -45,7 +45,9 @@ class OptimConfig:
 
     algorithm: Algorithm = "adamw"
     """adamw; compact_adamw, with weights, gradients and statistics in bfloat16 (8 bytes a
-    parameter); lamb; muon for the blocks' matrices and AdamW for the rest, by DeepSpeed."""
+    parameter; gradients of micro-batches are added up in it too, and rounded each time); lamb;
+    muon for the blocks' matrices and AdamW for the rest, by DeepSpeed (such a run resumes at the
+    same ZeRO stage and number of ranks only)."""
 
     implementation: Implementation = "auto"
     """Whose code: torch's fused one or ours (torch, auto), NVIDIA apex's, or DeepSpeed's."""

@@ -210,3 +210,16 @@ def test_other_states_are_named(tmp_path):
     whole_state.save(tmp_path, model, momentum)
     with pytest.raises(ValueError, match="other parameters"):
         whole_state.load(tmp_path, model, optimizer)
+
+
+def test_one_parameters_count_is_all_parameters(tmp_path):
+    model = _model(0)
+    optimizer = _optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:  # as DeepSpeed's FusedAdam leaves them
+        for parameter in group["params"][:-1]:
+            optimizer.state[parameter]["step"].zero_()
+    stored = whole_state.states(model, optimizer)
+    assert {float(state["step"]) for state in stored.values()} == {1.0}

@@ -27,6 +27,12 @@ def test_loss_scale_doubles_after_a_window_and_halves_at_an_overflow():
     assert other.state_dict() == scale.state_dict() == {"value": 16.0, "good_steps": 0}
 
 
+def test_a_run_that_turns_to_fp16_begins_with_the_settings_scale():
+    off, on = LossScale(64.0, window=2, enabled=False), LossScale(64.0, window=2, enabled=True)
+    on.load_state_dict(off.state_dict())
+    assert float(on.value) == 64.0
+
+
 def _poisoned(runtime, place: Place, fused: bool, precision: str):
     """Parameters before and after each step, which of them were applied, and the count."""
     torch.manual_seed(0)

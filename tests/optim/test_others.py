@@ -259,3 +259,9 @@ def test_apexs_layer_norm_gets_fp32(monkeypatch):
     model.use_apex_layer_norm()
     assert torch.equal(model(images, torch.full((2, 5), 3)).image_features, expected)
     assert set(seen) == {(torch.float32, False)}
+
+
+def test_muons_updates_are_not_clipped():
+    config = engine_config(1, gradient_clipping=1.0)
+    with pytest.raises(ValueError, match=r"muon needs engine\.gradient_clipping=0"):
+        choose_backend(config, 2, OptimConfig(algorithm="muon"))
