@@ -191,7 +191,7 @@ def _curves(runtime, steps: int) -> dict[str, list[float]]:
     return {name: _losses(runtime, name, 3e-4, steps) for name in ("adamw", "compact_adamw")}
 
 
-@pytest.mark.parametrize("steps", [STEPS, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(2040, marks=pytest.mark.slow)])
 def test_its_loss_curve_follows_fp32s(steps, tmp_path) -> None:
     (curves,) = run_ranks(_curves, 1, tmp_path, steps)
     whole, compact = (torch.tensor(curves[name]) for name in ("adamw", "compact_adamw"))
