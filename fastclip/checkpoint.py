@@ -125,23 +125,37 @@ def save_checkpoint(
             "torch": torch.__version__,
         }
         _write_json(directory / partial / "fastclip.json", meta)
-        if final.exists():
-            shutil.rmtree(final)
+        _make_way(directory, tag)
         os.replace(directory / partial, final)
-        shutil.rmtree(directory / f"{tag}-universal", ignore_errors=True)  # of an earlier one
         _write_text(directory / "latest", tag + "\n")
-        for other in complete_checkpoints(directory):
-            if other > tag:  # of a run that this one has begun anew in place of
-                aside = (directory / f".superseded-{other}-{n}" for n in itertools.count(1))
-                os.replace(directory / other, next(path for path in aside if not path.exists()))
-        for old in complete_checkpoints(directory)[:-keep]:
-            shutil.rmtree(directory / old)
-        kept = complete_checkpoints(directory)
-        for made in directory.glob("step-*-universal"):
-            if made.name.removesuffix("-universal") not in kept:
-                shutil.rmtree(made)
+        _prune(directory, keep)
     barrier()
     return final
+
+
+def _make_way(directory: Path, tag: str) -> None:
+    """Take away what a new checkpoint `tag` must not be found beside.
+
+    That is an earlier one of the same name, with its conversion, and, put aside, later ones: of a
+    run that this one has begun anew in place of. Before the new one appears, so that a kill in
+    between cannot leave them together.
+    """
+    for stale in (directory / f"{tag}-universal", directory / tag):
+        shutil.rmtree(stale, ignore_errors=True)
+    for later in complete_checkpoints(directory):
+        if later > tag:
+            aside = (directory / f".superseded-{later}-{n}" for n in itertools.count(1))
+            os.replace(directory / later, next(path for path in aside if not path.exists()))
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints, and conversions of these alone."""
+    complete = complete_checkpoints(directory)
+    for old in complete[:-keep]:
+        shutil.rmtree(directory / old)
+    for conversion in directory.glob("step-*-universal"):
+        if conversion.name.removesuffix("-universal") not in complete[-keep:]:
+            shutil.rmtree(conversion)
 
 
 def find_resume_point(

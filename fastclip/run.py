@@ -52,8 +52,8 @@ class Run:
         batch_size = per_rank_batch_size(config, runtime.world_size)
 
         torch.manual_seed(run.seed)  # the same initial weights on every rank
-        stage = effective_zero_stage(config.engine, runtime.world_size, config.optim)
-        model = build_model(config, stage)
+        self._zero_stage = effective_zero_stage(config.engine, runtime.world_size, config.optim)
+        model = build_model(config, self._zero_stage)
         if run.micro_batches != "auto":
             check_micro_batching(model, run.micro_batches)
         point = None
@@ -163,11 +163,10 @@ class Run:
         return self._resume_point() is not None
 
     def _resume_point(self) -> ResumePoint | None:
-        stage = effective_zero_stage(self.config.engine, self.runtime.world_size, self.config.optim)
         return find_resume_point(
             self.checkpoints,
             self.runtime,
-            stage,
+            self._zero_stage,
             to_dict(self.config.model),
             algorithm=self.config.optim.algorithm,
             frozen=self.frozen,

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastclip.distributed.runtime import Runtime
-from fastclip.engine import universal, whole_state
+from fastclip.engine import universal as universal_form
+from fastclip.engine import whole_state
 from fastclip.engine.base import Engine
 from fastclip.engine.config import EngineConfig, choose_backend
 from fastclip.engine.plain import PlainEngine
@@ -82,11 +83,11 @@ def convert_to_universal(source: Path, output: Path, *, zero_stage: int) -> None
         states = whole_state.read(source / whole_state.FILE_NAME)
         if not states:
             raise ValueError(f"{source} was written before the optimiser's first update")
-        universal.write(partial, load_file(source / "model.safetensors"), states)
+        universal_form.write(partial, load_file(source / "model.safetensors"), states)
         step = next(iter(states.values()))["step"]
     else:
         from fastclip.engine.deepspeed import merge_shards
 
         step = merge_shards(source, partial, zero_stage=zero_stage)
-    universal.complete(partial, step)
+    universal_form.complete(partial, step)
     os.replace(partial, output)

@@ -15,7 +15,7 @@ from fastclip.distributed.runtime import Runtime
 from fastclip.engine.config import AUTOCAST_DTYPES, EngineConfig
 from fastclip.engine.step_guard import LossScale, StepGuard, StepInfo
 from fastclip.models.clip import Clip, ClipOutput
-from fastclip.optim import CompactAdamW, Lamb
+from fastclip.optim import GuardedOptimizer
 from fastclip.tokenizer.packing import PackedTokens
 
 
@@ -161,7 +161,7 @@ def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its `step` reads `grad_scale` and `found_inf`, tensors on the device, and obeys."""
     if type(optimizer) is torch.optim.AdamW:
         return bool(optimizer.defaults["fused"])
-    return isinstance(optimizer, CompactAdamW | Lamb)
+    return isinstance(optimizer, GuardedOptimizer)
 
 
 def on_the_host(tensor: Tensor) -> Tensor:

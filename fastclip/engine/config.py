@@ -129,7 +129,7 @@ def choose_backend(
     if algorithm == "compact_adamw" and config.precision != "bf16":
         raise ValueError("optim.algorithm=compact_adamw needs engine.precision=bf16")
     if config.backend == "plain" and optim.needs_deepspeed:
-        raise ValueError(f"optim.{algorithm=!s} of DeepSpeed's needs engine.backend=deepspeed")
+        raise ValueError(f"optim.{algorithm=!s} by DeepSpeed needs engine.backend=deepspeed")
     if config.backend == "plain" and world_size > 1:
         raise ValueError(
             f"engine.backend=plain is for one rank, not {world_size}: leave it at auto"

@@ -48,12 +48,12 @@ def complete(directory: Path, step: Tensor) -> None:
     """Make what is there readable for every stage; `step` is the number of updates made."""
     folders = _folders(directory)
     step = step.float().reshape(())
+    # DeepSpeed's conversion of stage 3 writes bare tensors, all of them.
+    bare = not isinstance(torch.load(folders[0] / "fp32.pt", weights_only=True), dict)
     for folder in folders:
         torch.save(step, folder / "step.pt")
-        for key in (*_TENSORS, "fp32"):  # DeepSpeed's conversion of stage 3 writes bare tensors
-            value = torch.load(folder / f"{key}.pt", weights_only=True)
-            if not isinstance(value, dict):
-                torch.save(_entry(value), folder / f"{key}.pt")
+        for key in (*_TENSORS, "fp32") if bare else ():
+            torch.save(_entry(_tensor(folder / f"{key}.pt")), folder / f"{key}.pt")
     no_settings: dict[str, object] = {}
     counts = {
         "ds_version": LAYOUT_VERSION,

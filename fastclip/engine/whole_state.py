@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastclip.engine import universal
-from fastclip.optim import CompactAdamW, Lamb
+from fastclip.optim import GuardedOptimizer
 
 FILE_NAME = "optimizer.safetensors"
 
@@ -76,10 +76,12 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> States:
             found[names[parameter]] = {k: torch.as_tensor(v) for k, v in state.items()}
     # An update is made of all parameters or of none. (DeepSpeed's FusedAdam counts it in the last
     # parameter of a group alone.)
-    counts = [state["step"].float() for state in found.values() if "step" in state]
-    for state in found.values():
-        if "step" in state:
-            state["step"] = torch.stack([count.cpu().reshape(()) for count in counts]).max()
+    counts = [state["step"].float().reshape(()) for state in found.values() if "step" in state]
+    if counts:
+        count = torch.stack(counts).max()
+        for state in found.values():
+            if "step" in state:
+                state["step"] = count.clone()  # a file has no place for shared tensors
     return {name: state for name, state in found.items() if state}
 
 
@@ -102,7 +104,7 @@ def _restore(
         key: stored[key].reshape(parameter.shape).to(parameter.device, parameter.dtype)
         for key in expected
     }
-    if isinstance(optimizer, torch.optim.AdamW | CompactAdamW | Lamb):
+    if isinstance(optimizer, torch.optim.AdamW | GuardedOptimizer):
         state["step"] = stored["step"].reshape(()).float().clone().to(parameter.device)
     else:  # apex's and DeepSpeed's count per group, on the host
         group["step"] = int(stored["step"])

@@ -13,6 +13,7 @@ from torch import nn
 from fastclip import nvidia_apex
 from fastclip.models.clip import Clip, tower_of
 from fastclip.optim.compact import CompactAdamW, store_compactly
+from fastclip.optim.guarded import GuardedOptimizer
 from fastclip.optim.lamb import Lamb
 
 logger = logging.getLogger("fastclip")
@@ -20,6 +21,7 @@ logger = logging.getLogger("fastclip")
 __all__ = [
     "CompactAdamW",
     "DeepSpeedOptimizer",
+    "GuardedOptimizer",
     "Lamb",
     "OptimConfig",
     "build_optimizer",
@@ -41,7 +43,8 @@ _WRITTEN_BY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay (arXiv 2103.00020, section 2.5 and Table 18)."""
+    """Which optimiser, and its schedule; AdamW with linear warm-up and cosine decay is the paper's
+    (arXiv 2103.00020, section 2.5 and Table 18)."""
 
     algorithm: Algorithm = "adamw"
     """adamw; compact_adamw, with weights, gradients and statistics in bfloat16 (8 bytes a

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.data.batch import Batch
 from fastclip.distributed.runtime import Runtime
@@ -17,24 +15,12 @@ from fastclip.models.clip import Clip, ClipOutput
 from fastclip.models.presets import preset
 from fastclip.tokenizer.packing import PackedTokens
 from fastclip.train_step import LossConfig, TrainStep
+from operator_counts import OperatorCounts
 from ranks import run_ranks
 from small_towers import Place, engine_config
 
+# Operators that would make the host wait for a GPU.
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operators that would make the host wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().partition(".")[0]
-        if name in READS:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _loss(output: ClipOutput) -> torch.Tensor:
@@ -61,10 +47,10 @@ def _reads(runtime: Runtime, place: Place, precision: str) -> int:
     for _ in range(3):
         output = engine.forward(images, tokens)
         loss = _loss(output)
-        with HostReads() as reads:
+        with OperatorCounts(*READS) as reads:
             engine.backward(loss)
             engine.step()
-        found = reads.found.total()
+        found = reads.number
     engine.close()
     return found
 

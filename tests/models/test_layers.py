@@ -7,12 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, Recompute, ResNetConfig, TextConfig, ViTConfig
 from fastclip.models.layers import SynchronizedBatchNorm2d, convert_sync_batch_norm
 from fastclip.tokenizer.packing import PackedTokens
+from operator_counts import OperatorCounts
 
 TEXT = TextConfig(context_length=8, vocab_size=40, width=16, heads=2, layers=2)
 VIT = ClipConfig(
@@ -23,18 +23,6 @@ VIT = ClipConfig(
 RESNET = dataclasses.replace(
     VIT, vision=ResNetConfig(image_size=32, layers=(1, 2, 1, 1), width=4, heads=4)
 )
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += func.name().partition(".")[0] in ("aten::mm", "aten::addmm", "aten::bmm")
-        return func(*args, **(kwargs or {}))
 
 
 def _step(
@@ -91,7 +79,7 @@ def test_recomputing_what_is_cheap_changes_nothing(precision, activation, packed
     products = []
     gradients = []
     for model in (plain, recomputing):
-        with Products() as counted:
+        with OperatorCounts("aten::mm", "aten::addmm", "aten::bmm") as counted:
             gradients.append(_step(model, packed)[0])
         products.append(counted.number)
     # But the last blocks' queries, which are those of one row and come before keys and values.
