@@ -127,8 +127,11 @@ def targets(nvcc: str) -> list[str]:
     """Machine code for each architecture that this nvcc knows, and PTX for later ones."""
     known = ask(nvcc, "--list-gpu-code").stdout.split()
     asked = os.environ.get("FASTCLIP_CUDA_ARCHS", CUDA_ARCHS).split(",")
-    archs = [arch.strip() for arch in asked]
-    archs = [arch for arch in archs if f"sm_{arch}" in known]
+    names = [arch.strip() for arch in asked]
+    archs = [arch for arch in names if f"sm_{arch}" in known]
+    for arch in names:
+        if arch not in archs:
+            print(f"warning: {nvcc} does not know sm_{arch}: the CUDA tokenizer is without it")
     if not archs:
         raise CompileError(f"{nvcc} knows none of FASTCLIP_CUDA_ARCHS: {' '.join(known)}")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

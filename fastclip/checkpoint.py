@@ -231,6 +231,12 @@ def _find_resume_point(
     written_at = meta["zero_stage"]
     load_tag = chosen
     if written_at != zero_stage or (zero_stage > 0 and not same_world):
+        if algorithm == "muon":
+            raise ValueError(
+                f"{directory / chosen} was written by {meta['world_size']} rank(s) at ZeRO stage "
+                f"{written_at}, and this run has {world_size} at {zero_stage}: Muon's state goes "
+                "on at the same ones only"
+            )
         load_tag = f"{chosen}-universal"
         if not (directory / load_tag).is_dir():
             logger.info(
@@ -266,7 +272,9 @@ def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> Non
     Raises:
         ValueError: a file is damaged, or holds more than tensors and plain data.
     """
-    with _damage_explained(point.directory / point.load_tag, point.directory / point.tag):
+    source = point.directory / point.load_tag
+    way_out = _EARLIER if point.load_tag == point.tag else f"convert {point.tag} anew"
+    with _damage_explained(source, source, way_out):
         engine.load(point.directory, point.load_tag)
     engine.load_state_dict(point.engine_state)
     if point.same_world:
@@ -275,8 +283,11 @@ def load_checkpoint(point: ResumePoint, engine: Engine, runtime: Runtime) -> Non
             _restore_generators(torch.load(path, weights_only=True), runtime)
 
 
+_EARLIER = "resume from the checkpoint before it"
+
+
 @contextlib.contextmanager
-def _damage_explained(path: Path, checkpoint: Path) -> Iterator[None]:
+def _damage_explained(path: Path, remove: Path, then: str = _EARLIER) -> Iterator[None]:
     try:
         yield
     except (
@@ -291,8 +302,7 @@ def _damage_explained(path: Path, checkpoint: Path) -> Iterator[None]:
             raise  # another rank has gone; the files may be well
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{path} cannot be loaded ({reason}): if it is damaged, remove "
-            f"{checkpoint} to resume from the checkpoint before it"
+            f"{path} cannot be loaded ({reason}): if it is damaged, remove {remove} to {then}"
         ) from error
 
 

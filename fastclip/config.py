@@ -66,7 +66,8 @@ class RunConfig:
 
     activation_checkpointing_visual: Recompute = "none"
     """What of the image tower is computed anew in backward to save memory: selective (what is
-    cheap; ViTs, not under ZeRO 3) or full (its blocks)."""
+    cheap; ViTs, not under ZeRO 3; in what is compiled, the compiler decides anew what that is) or
+    full (its blocks)."""
 
     activation_checkpointing_text: Recompute = "none"
     """The same of the text tower."""

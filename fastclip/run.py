@@ -19,9 +19,10 @@ from fastclip.checkpoint import (
 from fastclip.config import TrainConfig, save_config, to_dict
 from fastclip.data.batch import Batch
 from fastclip.data.loader import DataConfig, TrainLoader
+from fastclip.data.shards import expand_shards
 from fastclip.distributed.collectives import all_gather_integers, barrier
 from fastclip.distributed.runtime import Runtime
-from fastclip.engine import build_engine
+from fastclip.engine import build_engine, check_engine
 from fastclip.engine.config import AUTOCAST_DTYPES, effective_zero_stage
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
@@ -30,7 +31,7 @@ from fastclip.models.attention import choose
 from fastclip.models.clip import Clip
 from fastclip.models.interop import init_from
 from fastclip.models.layers import convert_sync_batch_norm
-from fastclip.optim import set_learning_rate
+from fastclip.optim import learning_rate_at, set_learning_rate
 from fastclip.tokenizer import Tokenizer
 from fastclip.train_step import StepResult, TrainStep, check_micro_batching
 
@@ -49,7 +50,7 @@ class Run:
         self.runtime = runtime
         self.directory = Path(run.directory)
         self.checkpoints = self.directory / "checkpoints"
-        batch_size = per_rank_batch_size(config, runtime.world_size)
+        batch_size = check_settings(config, runtime)
 
         torch.manual_seed(run.seed)  # the same initial weights on every rank
         self._zero_stage = effective_zero_stage(config.engine, runtime.world_size, config.optim)
@@ -74,7 +75,7 @@ class Run:
         except ImportError as error:
             raise ImportError(f"{error}; or train with data.tokenizer=python") from error
         self.loader = TrainLoader(
-            _loader_config(config, runtime.device),
+            _loader_config(config),
             image_size=config.model.vision.image_size,
             tokenizer=self.tokenizer,
             batch_size=batch_size,
@@ -84,6 +85,9 @@ class Run:
             micro_batches=micro_batches,
         )
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
+        learning_rate_at(
+            0, config.optim, self.total_steps
+        )  # refuses a run shorter than its warm-up
         self.engine = build_engine(
             model,
             config.optim,
@@ -248,17 +252,32 @@ def build_model(config: TrainConfig, zero_stage: int) -> Clip:
     return model
 
 
-def _loader_config(config: TrainConfig, device: torch.device) -> DataConfig:
-    """The loader's settings, with few shapes of packed captions where graphs need them."""
-    if not config.run.cuda_graphs:
-        return config.data
-    if config.run.compile == "none" or device.type != "cuda":
+def check_settings(config: TrainConfig, runtime: Runtime) -> int:
+    """Find what contradicts what before models are made and shards are read; pairs of a rank.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: the settings do not fit each other, the number
+            of ranks, the device, or what is installed.
+    """
+    batch_size = per_rank_batch_size(config, runtime.world_size)
+    expand_shards(config.data.train)
+    config.loss.check(config.model)
+    if config.run.steps is not None:
+        learning_rate_at(0, config.optim, config.run.steps)
+    if config.run.cuda_graphs and (config.run.compile == "none" or runtime.device.type != "cuda"):
         raise ValueError(
             "run.cuda_graphs needs run.compile=blocks or towers and a CUDA device, not "
-            f"run.compile={config.run.compile} on {device.type}"
+            f"run.compile={config.run.compile} on {runtime.device.type}"
         )
-    if config.data.pack_to_multiple > 1:
-        return config.data
+    check_engine(config.engine, config.optim, runtime)
+    return batch_size
+
+
+def _loader_config(config: TrainConfig) -> DataConfig:
+    """The loader's settings, with few shapes of packed captions where graphs need them."""
+    data = config.data
+    if not config.run.cuda_graphs or data.text != "packed" or data.pack_to_multiple > 1:
+        return data
     return dataclasses.replace(config.data, pack_to_multiple=_GRAPHS_MULTIPLE)
 
 

@@ -25,6 +25,7 @@ from fastclip.losses import (
     siglip_loss_and_grads,
 )
 from fastclip.models.clip import Clip, ClipOutput
+from fastclip.models.config import ClipConfig
 from fastclip.ops.dispatch import Impl
 from fastclip.tokenizer.packing import PackedTokens
 
@@ -57,6 +58,15 @@ class LossConfig:
         if self.kind == "siglip" and self.label_smoothing != 0.0:
             raise ValueError("loss.label_smoothing belongs to loss.kind=clip")
 
+    def check(self, model: ClipConfig) -> None:
+        """Refuse a model that lacks what the objective needs.
+
+        Raises:
+            ValueError: it has no bias for the sigmoid loss.
+        """
+        if self.kind == "siglip" and model.init_logit_bias is None:
+            raise ValueError("loss.kind=siglip needs model.init_logit_bias (the paper uses -10)")
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -82,8 +92,7 @@ class TrainStep:
     def __init__(self, engine: Engine, config: LossConfig, *, micro_batches: int = 1) -> None:
         model = engine.module
         check_micro_batching(model, micro_batches)
-        if config.kind == "siglip" and model.config.init_logit_bias is None:
-            raise ValueError("loss.kind=siglip needs model.init_logit_bias (the paper uses -10)")
+        config.check(model.config)
         self.engine = engine
         self.config = config
         self.micro_batches = micro_batches

@@ -38,7 +38,6 @@ def test_recomputation_and_half_precision_keep_less() -> None:
 
 def test_the_fewest_that_fit_are_taken(model: Clip, caplog: pytest.LogCaptureFixture) -> None:
     need = measure(model, 48, loss_budget=1000)
-    logging.getLogger("fastclip").propagate = True
     with caplog.at_level(logging.INFO, "fastclip"):
         for pairs, parts in ((48, 1), (47, 2), (16, 3), (13, 4), (1, 48)):
             free = int((need.fixed + pairs * need.per_pair) / 0.9) + 1

@@ -68,7 +68,8 @@ class DataConfig:
     give the same features and gradients; packed computes least."""
 
     pack_to_multiple: int = 1
-    """Fill up the tokens of packed captions to a multiple of this; run.cuda_graphs wants few."""
+    """Fill up the tokens of packed captions to a multiple of this; run.cuda_graphs wants few
+    numbers of them."""
 
     apply_orientation: bool = False
     """Turn images as their EXIF data says; open_clip and most others do not."""
@@ -80,12 +81,9 @@ class DataConfig:
     """Stop with an error when more than this share of the samples seen cannot be used."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.prefetch_batches < 1 or self.max_pixels < 1:
-            raise ValueError(
-                "data.workers, data.prefetch_batches and data.max_pixels are at least 1"
-            )
-        if self.pack_to_multiple < 1:
-            raise ValueError("data.pack_to_multiple is at least 1")
+        for name in ("workers", "prefetch_batches", "max_pixels", "pack_to_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is at least 1, not {getattr(self, name)}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is a range in (0, 1], not {self.crop_scale}")
@@ -95,6 +93,11 @@ class DataConfig:
             raise ValueError(f"data.caption_key is txt or json:field, not {self.caption_key!r}")
         if self.text not in ("packed", "trimmed", "padded"):
             raise ValueError(f"data.text is packed, trimmed or padded, not {self.text!r}")
+        if self.text != "packed" and self.pack_to_multiple > 1:
+            raise ValueError(
+                f"data.pack_to_multiple={self.pack_to_multiple} is for data.text=packed, not "
+                f"{self.text}"
+            )
         if self.positives not in ("none", "caption", "label"):
             raise ValueError(f"data.positives is none, caption or label, not {self.positives!r}")
         if not 0 <= self.max_bad_fraction <= 1:

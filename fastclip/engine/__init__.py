@@ -13,12 +13,47 @@ from fastclip.distributed.runtime import Runtime
 from fastclip.engine import universal as universal_form
 from fastclip.engine import whole_state
 from fastclip.engine.base import Engine
-from fastclip.engine.config import EngineConfig, choose_backend
+from fastclip.engine.config import EngineConfig, choose_backend, deepspeed_settings
 from fastclip.engine.plain import PlainEngine
 from fastclip.models.clip import Clip
-from fastclip.optim import OptimConfig, build_optimizer, parameter_groups, store_compactly
+from fastclip.optim import (
+    OptimConfig,
+    apex_optimizer,
+    build_optimizer,
+    parameter_groups,
+    store_compactly,
+)
 
-__all__ = ["Engine", "EngineConfig", "PlainEngine", "build_engine", "convert_to_universal"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "PlainEngine",
+    "build_engine",
+    "check_engine",
+    "convert_to_universal",
+]
+
+
+def check_engine(config: EngineConfig, optim: OptimConfig, runtime: Runtime) -> None:
+    """Find out now what would stop `build_engine` when the data have been looked through.
+
+    Raises:
+        FileNotFoundError, ValueError: the settings do not fit each other or the number of ranks.
+        ImportError: DeepSpeed or apex is needed and not there.
+    """
+    if optim.implementation == "apex":
+        apex_optimizer(optim)
+    if choose_backend(config, runtime.world_size, optim) == "deepspeed":
+        from fastclip.engine.deepspeed import import_deepspeed, known_zero_keys
+
+        import_deepspeed(runtime)
+        deepspeed_settings(
+            config,
+            micro_batch_size=1,
+            micro_batches=1,
+            world_size=runtime.world_size,
+            zero_keys=known_zero_keys(),
+        )
 
 
 def build_engine(

@@ -54,7 +54,7 @@ OWNED_KEYS = {
     "torch_autocast": "engine.precision",
     "train_batch_size": "run.global_batch_size",
     "train_micro_batch_size_per_gpu": "run.global_batch_size and run.micro_batches",
-    "zero_allow_untested_optimizer": "nothing: AdamW is tested",
+    "zero_allow_untested_optimizer": "optim.algorithm, whose choices are all tested",
 }
 
 

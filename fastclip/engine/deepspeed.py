@@ -206,13 +206,7 @@ def import_deepspeed(runtime: Runtime) -> Any:
     """Import DeepSpeed for this device and bind it to the process group that already exists."""
     if runtime.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ImportError(
-            "training on several ranks, or with engine.backend=deepspeed, needs DeepSpeed: "
-            "pip install 'fastclip-torch[train]'"
-        ) from error
+    deepspeed = _deepspeed("training on several ranks, or with engine.backend=deepspeed,")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that newer torch has renamed, once per step.
     warnings.filterwarnings(
@@ -224,6 +218,16 @@ def import_deepspeed(runtime: Runtime) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _forget_earlier_group(deepspeed)
     deepspeed.init_distributed(dist_backend=runtime.backend, verbose=False)
+    return deepspeed
+
+
+def _deepspeed(who: str) -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            f"{who} needs DeepSpeed: pip install 'fastclip-torch[train]' ({error})"
+        ) from error
     return deepspeed
 
 
@@ -288,10 +292,12 @@ def merge_shards(source: Path, output: Path, *, zero_stage: int) -> Tensor:
     One process; a few seconds.
 
     Raises:
+        ImportError: DeepSpeed is not installed.
         ValueError: the optimiser's state is not Adam's, which is all that DeepSpeed converts.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _deepspeed(f"{source}, written by several ranks or at ZeRO {zero_stage},")
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = argparse.Namespace(

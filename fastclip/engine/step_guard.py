@@ -27,7 +27,8 @@ class StepInfo:
     """What one optimiser step did; tensors of shape [], on the device where it is known first."""
 
     gradient_norm: Tensor
-    """Global L2 norm of the averaged gradient before clipping; inf if it was not finite."""
+    """Global L2 norm of the averaged gradient before clipping; inf if it was not finite. Under
+    Muon DeepSpeed tells that of its orthogonalised updates instead."""
 
     applied: Tensor
     """bool; False when the update was skipped."""

@@ -24,6 +24,7 @@ __all__ = [
     "GuardedOptimizer",
     "Lamb",
     "OptimConfig",
+    "apex_optimizer",
     "build_optimizer",
     "learning_rate_at",
     "parameter_groups",
@@ -53,7 +54,8 @@ class OptimConfig:
     same ZeRO stage and number of ranks only)."""
 
     implementation: Implementation = "auto"
-    """Whose code: torch's fused one or ours (torch, auto), NVIDIA apex's, or DeepSpeed's."""
+    """Whose code: torch's fused one or ours (torch, auto), NVIDIA apex's, or DeepSpeed's (whose
+    runs go on from a checkpoint to within rounding, not to the bit)."""
 
     learning_rate: float = 5e-4
     """Peak learning rate."""
@@ -206,13 +208,7 @@ def build_optimizer(
     if config.implementation == "deepspeed":
         return DeepSpeedOptimizer("AdamW", arguments, groups)
     if config.implementation == "apex":
-        name = "FusedLAMB" if config.algorithm == "lamb" else "FusedAdam"
-        fused = nvidia_apex.find_optimizer(name)
-        if fused is None:
-            raise ImportError(
-                f"optim.implementation=apex {nvidia_apex.ADVICE}: build it, or set "
-                "optim.implementation=torch"
-            )
+        fused = apex_optimizer(config)
         if config.algorithm == "lamb":
             return fused(groups, max_grad_norm=0.0, **arguments)  # clipping is the engine's
         return fused(groups, adam_w_mode=True, **arguments)
@@ -223,6 +219,22 @@ def build_optimizer(
             logger.warning("compact_adamw runs in plain PyTorch on a CPU, where it is slow")
         return CompactAdamW(groups, **arguments)
     return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **arguments)
+
+
+def apex_optimizer(config: OptimConfig) -> Any:
+    """The class of apex that does `config.algorithm`.
+
+    Raises:
+        ImportError: apex is not built.
+    """
+    name = "FusedLAMB" if config.algorithm == "lamb" else "FusedAdam"
+    fused = nvidia_apex.find_optimizer(name)
+    if fused is None:
+        raise ImportError(
+            f"optim.implementation=apex {nvidia_apex.ADVICE}: build it, or set "
+            "optim.implementation=torch"
+        )
+    return fused
 
 
 def learning_rate_at(step: int, config: OptimConfig, total_steps: int) -> float:

@@ -32,6 +32,7 @@ from fastclip.tokenizer.vocabulary import (
     CleanMode,
     Dialect,
     check_dialect,
+    check_truncate,
     load_vocabulary,
 )
 
@@ -103,6 +104,7 @@ class Tokenizer:
         if clean not in ("lower", "whitespace", "canonicalize"):
             raise ValueError(f"clean is 'lower', 'whitespace' or 'canonicalize', not {clean!r}")
         check_reduction(reduction_mask)
+        check_truncate(truncate)
         self.context_length = context_length
         self.dialect: Dialect = dialect
         self.truncate = truncate

@@ -26,7 +26,7 @@ from fastclip.tokenizer.texts import (
     as_native,
     check_context_length,
 )
-from fastclip.tokenizer.vocabulary import MERGES_PATH, Dialect, check_dialect
+from fastclip.tokenizer.vocabulary import MERGES_PATH, Dialect, check_dialect, check_truncate
 
 if TYPE_CHECKING:
     from fastclip.tokenizer import _cuda
@@ -69,6 +69,7 @@ class CudaTokenizer:
     ) -> None:
         check_context_length(context_length)
         check_dialect(dialect)
+        check_truncate(truncate)
         self.context_length = context_length
         self.dialect: Dialect = dialect
         self.truncate = truncate

@@ -76,6 +76,12 @@ def check_dialect(dialect: str) -> None:
         raise ValueError(f"unknown tokenizer dialect {dialect!r}; it is one of {known}")
 
 
+def check_truncate(truncate: object) -> None:
+    """Raises ValueError for what is neither True nor False, such as the text "no"."""
+    if not isinstance(truncate, bool):
+        raise ValueError(f"truncate is True or False, not {truncate!r}")
+
+
 @lru_cache
 def load_vocabulary(dialect: Dialect) -> Vocabulary:
     """Read the tables of one dialect (about 30 ms at the first call, then shared).

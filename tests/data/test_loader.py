@@ -206,7 +206,6 @@ def test_damage_is_counted_named_once_and_replaced(
     damaged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="fastclip")
-    logging.getLogger("fastclip").propagate = True
     with _loader(damaged, positives="label") as loader:
         assert loader.samples_per_epoch == 60 - 1 - 5  # the caption; 000055 to 000059
         batches = _take(loader, 30)

@@ -131,6 +131,12 @@ def test_unknown_dialect():
         Tokenizer(dialect=wrong)
 
 
+def test_truncate_is_true_or_false():
+    wrong: Any = "no"
+    with pytest.raises(ValueError, match="truncate is True or False, not 'no'"):
+        Tokenizer(truncate=wrong)
+
+
 def test_special_tokens_belong_to_a_dialect():
     openai, open_clip = Tokenizer(), Tokenizer(dialect="open_clip")
     assert openai.encode("a<|endoftext|>b") == [320, 49407, 321]
