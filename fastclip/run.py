@@ -18,7 +18,8 @@ from fastclip.checkpoint import (
 )
 from fastclip.config import TrainConfig, save_config, to_dict
 from fastclip.data.batch import Batch
-from fastclip.data.loader import DataConfig, TrainLoader
+from fastclip.data.config import DataConfig
+from fastclip.data.loader import TrainLoader
 from fastclip.data.shards import expand_shards
 from fastclip.distributed.collectives import all_gather_integers, barrier
 from fastclip.distributed.runtime import Runtime
@@ -83,6 +84,8 @@ class Run:
             world_size=runtime.world_size,
             seed=run.seed,
             micro_batches=micro_batches,
+            device=runtime.device,
+            quarantine=self.directory / f"quarantine-{runtime.rank:05d}.jsonl",
         )
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
         learning_rate_at(

@@ -7,7 +7,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from fastclip.data.decode import decode, open_image
+from fastclip.data.transforms import centre_crop
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "bar")
@@ -29,6 +34,12 @@ def picture(colour: str, shape: str, shift: int, size: int = 72) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
+
+
+def evaluation_pixels(content: bytes, size: int) -> NDArray[np.uint8]:
+    """Centre square of an image, [size, size, 3], as Pillow has it."""
+    image = open_image(content)
+    return decode(image, centre_crop(*image.size), size)
 
 
 def sample(index: int) -> tuple[str, dict[str, bytes]]:

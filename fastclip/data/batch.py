@@ -41,6 +41,9 @@ class Batch:
     packed: tuple[PackedTokens, ...] | None = None
     """The tokens without padding, of each micro-batch in turn."""
 
+    ready: torch.cuda.Event | None = None
+    """After which images that a GPU has decoded may be used on another stream."""
+
     def __len__(self) -> int:
         return self.images.shape[0]
 
@@ -52,6 +55,11 @@ class Batch:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """The batch with images, ids, and tokens (packed, or else in rows) on `device`."""
+
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.images.device)
+            stream.wait_event(self.ready)
+            self.images.record_stream(stream)
 
         def moved(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=non_blocking)
@@ -70,7 +78,7 @@ class Batch:
         """The batch in page-locked memory, from which copies to a GPU overlap with work."""
         return dataclasses.replace(
             self,
-            images=self.images.pin_memory(),
+            images=self.images if self.images.is_cuda else self.images.pin_memory(),
             tokens=self.tokens.pin_memory(),
             lengths=self.lengths.pin_memory(),
             ids=None if self.ids is None else self.ids.pin_memory(),

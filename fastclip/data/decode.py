@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.transforms import Box
 
+Buffer = bytes | memoryview
+"""Encoded bytes."""
+
 MAX_PIXELS = 178_956_970
 """Largest image decoded: beyond it, a file of a few kilobytes may ask for gigabytes."""
 
@@ -21,10 +24,11 @@ class BadSampleError(Exception):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
         self.kind = kind
+        self.reason = reason
 
 
 def open_image(
-    content: bytes, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = False
+    content: Buffer, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = False
 ) -> Image.Image:
     """Read an image's header; its pixels are decoded later.
 
@@ -46,15 +50,19 @@ def open_image(
         raise BadSampleError("oversized image", str(error)) from None
     except Exception as error:  # decoders raise whatever their format's parser raises
         raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadSampleError("oversized image", f"{width}×{height} exceeds {max_pixels} pixels")
+    check_pixels(*image.size, max_pixels)
     if not apply_orientation:
         return image
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # see above
         raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
+
+
+def check_pixels(width: int, height: int, most: int) -> None:
+    """Raises BadSampleError for an image of more than `most` pixels."""
+    if width * height > most:
+        raise BadSampleError("oversized image", f"{width}×{height} exceeds {most} pixels")
 
 
 def decode(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:

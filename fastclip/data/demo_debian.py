@@ -67,13 +67,19 @@ def debian_pictures(downloads: Path) -> list[Picture]:
         FileNotFoundError: apt-get or dpkg-deb is missing.
         ValueError: a package could not be fetched, or is not the one known.
     """
-    roots = {package.name: _unpack(package, downloads) for package in DEBIAN_PACKAGES}
+    roots = {package.name: unpack(package, downloads) for package in DEBIAN_PACKAGES}
     stamps = roots["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
     clipart = roots["openclipart-svg"] / "usr/share/openclipart/svg"
     return [*_stamps(stamps), *_clipart(clipart)]
 
 
-def _unpack(package: DebianPackage, downloads: Path) -> Path:
+def unpack(package: DebianPackage, downloads: Path) -> Path:
+    """The folder of a package's files, fetched into `downloads` where it is not there yet.
+
+    Raises:
+        FileNotFoundError: apt-get or dpkg-deb is missing.
+        ValueError: the package could not be fetched, or is not the one known.
+    """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise FileNotFoundError(

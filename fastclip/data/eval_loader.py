@@ -13,8 +13,11 @@ import torch
 
 from fastclip.data.batch import Batch
 from fastclip.data.decode import BadSampleError
+from fastclip.data.decoders import ImageDecoder, build_decoder
 from fastclip.data.index import ShardIndex
-from fastclip.data.reader import BadSamples, Members, evaluation_pixels
+from fastclip.data.quarantine import Quarantine
+from fastclip.data.reader import Members
+from fastclip.data.transforms import centre_crop
 from fastclip.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastclip")
@@ -42,7 +45,8 @@ def eval_batches(
         caption_key: as in `DataConfig`; None for images without captions (tokens are then empty
             texts).
     """
-    bad = BadSamples()
+    bad = Quarantine()
+    decoder = build_decoder("auto")
     share = world_size * batch_size
     firsts = range(rank * batch_size, -(-len(index) // share) * share, share)
     with ThreadPoolExecutor(workers, thread_name_prefix="fastclip-eval") as pool:
@@ -50,7 +54,9 @@ def eval_batches(
         for first in firsts:
             numbers = range(min(first, len(index)), min(first + batch_size, len(index)))
             queue.append(
-                pool.submit(_build, index, numbers, image_size, tokenizer, caption_key, bad)
+                pool.submit(
+                    _build, index, numbers, image_size, tokenizer, caption_key, bad, decoder
+                )
             )
             if len(queue) > workers + 1:
                 yield queue.popleft().result()
@@ -66,9 +72,11 @@ def _build(
     image_size: int,
     tokenizer: Tokenizer,
     caption_key: str | None,
-    bad: BadSamples,
+    bad: Quarantine,
+    decoder: ImageDecoder,
 ) -> Batch:
-    pixels, captions, keys = [], [], []
+    images = np.empty((len(numbers), image_size, image_size, 3), np.uint8)
+    captions, keys = [], []
     metadata: list[dict[str, Any]] = []
     for number in numbers:
         sample = index[number]
@@ -76,21 +84,21 @@ def _build(
             members = Members(sample)
             caption = "" if caption_key is None else members.captions(caption_key)[0]
             about = members.metadata()
-            pixels.append(evaluation_pixels(members.image, image_size))
+            image = decoder.open(members.image)
+            decoder.decode(image, centre_crop(*image.size), images[len(keys)])
         except BadSampleError as error:
             bad.bad(sample, error)
             continue
         captions.append(caption)
         metadata.append(about)
         keys.append(sample.key)
-    images = np.stack(pixels) if pixels else np.empty((0, image_size, image_size, 3), np.uint8)
     width = tokenizer.context_length
     tokens = torch.zeros((0, width), dtype=torch.int32)
     lengths = torch.zeros((0,), dtype=torch.int32)
     if captions:
         tokens, lengths = tokenizer.encode_batch(captions)
     return Batch(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        images=torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2),
         tokens=tokens,
         lengths=lengths,
         ids=None,

@@ -1,49 +1,54 @@
-"""What is in the shards: one walk over the tar headers, never silent about what it cannot use.
-
-Only headers are read. A damaged header costs its own sample: the walk goes on at the next block
-that is a valid header, where tarfile (and webdataset) would drop the rest of the shard unsaid.
-"""
+"""What is in the shards: samples by number, and never silent about what cannot be used."""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import logging
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastclip.data.shard_table import (
+    CAPTION_EXTENSION,
+    IMAGE_EXTENSIONS,
+    METADATA_EXTENSION,
+    Problem,
+    ShardTable,
+    Summary,
+    load_summary,
+    load_table,
+    scan_shard,
+)
 from fastclip.data.shards import expand_shards
+from fastclip.data.storage import FILES
+
+__all__ = [
+    "CAPTION_EXTENSION",
+    "METADATA_EXTENSION",
+    "Problem",
+    "Sample",
+    "ShardIndex",
+    "index_shards",
+    "index_sources",
+]
 
 logger = logging.getLogger("fastclip")
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-CAPTION_EXTENSION = "txt"
-METADATA_EXTENSION = "json"
-_BLOCK = 512
-_ABSENT = (-1, 0)
+_SHARDS_AT_A_TIME = 32
+_TABLES_KEPT = 64
+"""Of those that can be read again: more than the shards among which samples are permuted."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something in a shard that cannot be used."""
-
-    shard: str
-    key: str
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"{self.shard}: {self.key}" if self.key else self.shard
-        return f"{where}: {self.kind}: {self.reason}"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """Where one sample's members lie in its shard; (offset, size) in bytes, (-1, 0) if absent."""
 
@@ -52,54 +57,109 @@ class Sample:
     image: tuple[int, int]
     caption: tuple[int, int]
     metadata: tuple[int, int]
+    extension: str
+    """The image's, in small letters."""
+
+
+class _Shard:
+    """One shard, its table at hand or in the index beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stale = False
+        summary = load_summary(path)
+        if summary is not None and summary.tar_bytes != path.stat().st_size:
+            self.stale, summary = True, None
+        self.scanned: ShardTable | None = None
+        if summary is None:
+            summary, self.scanned = scan_shard(path)
+        self.summary: Summary = summary
+
+    def table(self) -> ShardTable:
+        return self.scanned if self.scanned is not None else load_table(self.path)
 
 
 class ShardIndex:
-    """The usable samples of a list of shards, in the shards' order.
+    """The usable samples of a list of shards, in the shards' order. For any number of threads.
 
     Attributes:
         shards: the files.
+        needs: members that a sample must have beside its image.
         sizes: usable samples of each shard.
-        problems: everything that was left out, and why.
+        sources: shards of each source.
         hash: changes when shards, samples or their places change.
     """
 
     def __init__(
-        self,
-        shards: list[Path],
-        samples: list[list[tuple[str, list[int]]]],
-        problems: list[Problem],
+        self, shards: list[_Shard], needs: tuple[str, ...], sources: list[int] | None = None
     ) -> None:
-        self.shards = shards
-        self.sizes = [len(rows) for rows in samples]
-        self.problems = problems
-        self._keys = [key for rows in samples for key, _ in rows]
-        places = [place for rows in samples for _, place in rows]
-        self._places: NDArray[np.int64] = np.array(places, dtype=np.int64).reshape(-1, 6)
-        self._ends = np.cumsum(self.sizes)
+        self.sources = [len(shards)] if sources is None else sources
+        self.shards = [shard.path for shard in shards]
+        self.needs = tuple(sorted(needs))
+        self.sizes = [shard.summary.count(self.needs) for shard in shards]
+        self._shards = shards
+        self._ends = list(itertools.accumulate(self.sizes))
+        self._tables: OrderedDict[int, tuple[ShardTable, NDArray[np.int64]]] = OrderedDict()
+        self._lock = threading.Lock()
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(
-            repr([(path.name, n) for path, n in zip(shards, self.sizes, strict=True)]).encode()
-        )
-        digest.update(self._places.tobytes())
+        known = [(shard.path.name, shard.summary.digest) for shard in shards]
+        digest.update(repr((self.needs, known)).encode("utf-8", "surrogateescape"))
         self.hash = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Sample:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        place = [int(n) for n in self._places[index]]
-        return Sample(
-            self.shards[shard],
-            self._keys[index],
-            (place[0], place[1]),
-            (place[2], place[3]),
-            (place[4], place[5]),
-        )
+    def __getitem__(self, number: int) -> Sample:
+        shard = bisect.bisect_right(self._ends, number)
+        table, usable = self._table(shard)
+        row = usable[number - self._ends[shard] + self.sizes[shard]]
+        a, b, c, d, e, f = table.places[row].tolist()
+        extension = IMAGE_EXTENSIONS[table.extensions[row]]
+        return Sample(self.shards[shard], table.keys[row], (a, b), (c, d), (e, f), extension)
+
+    def source_sizes(self) -> list[list[int]]:
+        """`sizes`, source by source."""
+        ends = list(itertools.accumulate(self.sources))
+        return [self.sizes[end - n : end] for end, n in zip(ends, self.sources, strict=True)]
+
+    def _table(self, shard: int) -> tuple[ShardTable, NDArray[np.int64]]:
+        with self._lock:
+            found = self._tables.get(shard)
+            if found is None:
+                table = self._shards[shard].table()
+                found = table, table.usable(self.needs)
+                if len(found[1]) != self.sizes[shard]:
+                    raise ValueError(
+                        f"the index of {self.shards[shard]} contradicts itself: make it anew with "
+                        "fastclip data index"
+                    )
+                self._tables[shard] = found
+            self._tables.move_to_end(shard)
+            while len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
+            return found
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """Everything that was left out, and why."""
+        found = []
+        for shard in self._shards:
+            summary = shard.summary
+            found += summary.problems
+            if summary.samples > summary.count(self.needs):
+                table = shard.table()
+                found += table.lacking(shard.path.name, self.needs, summary.cut_key)
+        return found
 
     def log_problems(self) -> None:
         """Say once what was left out: each problem by name, and the counts."""
+        if stale := [shard.path for shard in self._shards if shard.stale]:
+            logger.warning(
+                "%d index file(s) are of other shards than lie there now, and were not used "
+                "(first: %s): run fastclip data index",
+                len(stale),
+                stale[0],
+            )
         for problem in self.problems:
             logger.warning("%s", problem)
         if self.problems:
@@ -108,193 +168,50 @@ class ShardIndex:
             logger.warning("left out of %d shard(s): %s", len(self.shards), listed)
 
 
+def _open_all(shards: list[Path]) -> list[_Shard]:
+    """In a few threads, for disks that answer slowly, each with many shards at a time."""
+    parts = [
+        shards[first : first + _SHARDS_AT_A_TIME]
+        for first in range(0, len(shards), _SHARDS_AT_A_TIME)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        opened = pool.map(lambda part: [_Shard(path) for path in part], parts)
+        return [shard for part in opened for shard in part]
+
+
 def index_shards(pattern: str, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)) -> ShardIndex:
     """Index the shards meant by `pattern` (see `expand_shards`).
+
+    An index file beside a shard is used; other shards are walked now.
 
     Args:
         needs: members that a sample must have beside its image, "txt" or "json".
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`; or not one sample is usable.
+        FileNotFoundError, ValueError: see `expand_shards`; or not one sample is usable, or an index
+            file is damaged.
     """
-    shards = expand_shards(pattern)
-    with ThreadPoolExecutor(8) as pool:
-        scans = list(pool.map(lambda path: scan_shard(path, needs=needs), shards))
-    index = ShardIndex(shards, [rows for rows, _ in scans], [p for _, ps in scans for p in ps])
-    if len(index) == 0:
+    return index_sources([pattern], needs=needs)
+
+
+def index_sources(
+    patterns: Sequence[str], *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)
+) -> ShardIndex:
+    """Index several lists of shards, one after the other; arguments and errors as `index_shards`.
+
+    The index's `sources` says how many shards each list has.
+    """
+    lists = [expand_shards(pattern) for pattern in patterns]
+    shards = [shard for one in lists for shard in one]
+    FILES.forget(shards)
+    index = ShardIndex(_open_all(shards), needs, [len(one) for one in lists])
+    for pattern, count in zip(patterns, index.source_sizes(), strict=True):
+        if sum(count):
+            continue
         first = f" First: {index.problems[0]}" if index.problems else ""
         wanted = " and ".join(("an image", *needs))
         raise ValueError(
-            f"{pattern}: {len(shards)} shard(s), and no usable sample ({wanted} with one key)."
+            f"{pattern}: {len(count)} shard(s), and no usable sample ({wanted} with one key)."
             f"{first}"
         )
     return index
-
-
-def scan_shard(
-    path: Path, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)
-) -> tuple[list[tuple[str, list[int]]], list[Problem]]:
-    """A shard's usable samples, (key, six numbers of `Sample`'s places), and what is unusable."""
-    problems: list[Problem] = []
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-
-    def report(key: str, kind: str, reason: str) -> None:
-        problems.append(Problem(path.name, key, kind, reason))
-
-    for name, place in _members(path, report):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem:
-            continue  # hidden files, such as the ones that macOS adds
-        key = f"{folder}/{stem}" if folder else stem
-        members = samples.setdefault(key, {})
-        role = _role(extension.lower())
-        if role in members:
-            report(key, "duplicate member", f"{name} occurs again; the first is used")
-            continue
-        members[role] = place
-    rows = []
-    # A truncated shard's last sample is part of that problem, not another one.
-    truncated = any(problem.kind == "truncated shard" for problem in problems)
-    cut = next(reversed(samples), None) if truncated else None
-    for key, members in samples.items():
-        if key == cut and not {"image", *needs} <= set(members):
-            continue
-        others = sorted(role for role in members if role not in ("image", "txt", "json"))
-        if "image" not in members:
-            has = ", ".join(f".{role}" for role in members)
-            kind = "unsupported image" if others else "missing image"
-            report(key, kind, f"none of {', '.join(IMAGE_EXTENSIONS)}; it has {has}")
-            continue
-        missing = [need for need in needs if need not in members]
-        if missing:
-            what = "caption" if missing[0] == CAPTION_EXTENSION else "metadata"
-            report(key, f"missing {what}", f"no {key}.{missing[0]}")
-            continue
-        image, caption = members["image"], members.get("txt", _ABSENT)
-        rows.append((key, [*image, *caption, *members.get("json", _ABSENT)]))
-    return rows, problems
-
-
-def _role(extension: str) -> str:
-    return "image" if extension in IMAGE_EXTENSIONS else extension
-
-
-def _members(
-    path: Path, report: Callable[[str, str, str], None]
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and (offset, size) of every regular file in the tar."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        length = os.fstat(descriptor).st_size
-        offset, long_name, pax = 0, "", {}
-        if length == 0:
-            report("", "empty shard", "the file has 0 bytes")
-            return
-        while True:
-            block = os.pread(descriptor, _BLOCK, offset)
-            if len(block) < _BLOCK:
-                report("", "truncated shard", f"ends at byte {length} without an end mark")
-                return
-            if not any(block) and _is_end(descriptor, offset + _BLOCK, length):
-                return
-            size = _size(block, pax) if any(block) and _is_header(block) else None
-            if size is None:
-                following = _next_header(descriptor, offset + _BLOCK, length)
-                lost = (following if following is not None else length) - offset
-                kind = "damaged header" if offset or following is not None else "not a tar"
-                report("", kind, f"{lost} bytes from byte {offset} on are lost")
-                if following is None:
-                    return
-                offset, long_name, pax = following, "", {}
-                continue
-            start = offset + _BLOCK
-            kind = block[156:157]
-            name = long_name or pax.get("path") or _name(block)
-            if start + size > length:
-                report(_key(name), "truncated shard", f"{name} ends after the file's last byte")
-                return
-            offset = start + -(-size // _BLOCK) * _BLOCK
-            if kind == b"L":
-                content = os.pread(descriptor, size, start)
-                long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                pax = _pax_records(os.pread(descriptor, size, start))
-            else:
-                if kind in (b"0", b"\0", b"7"):
-                    yield name, (start, size)
-                if kind not in (b"g", b"K"):
-                    long_name, pax = "", {}
-    finally:
-        os.close(descriptor)
-
-
-def _key(name: str) -> str:
-    folder, _, base = name.rpartition("/")
-    stem = base.partition(".")[0]
-    return f"{folder}/{stem}" if folder else stem
-
-
-def _is_header(block: bytes) -> bool:
-    try:
-        stored = int(block[148:156].strip(b" \0") or b"0", 8)
-    except ValueError:
-        return False
-    return stored == sum(block[:148]) + 8 * 32 + sum(block[156:])
-
-
-def _is_end(descriptor: int, offset: int, length: int) -> bool:
-    """Whether a tar ends after a first block of zeros: a second follows, or nothing but zeros.
-
-    One zeroed block with more behind it is a damaged header. tarfile would stop here.
-    """
-    block = os.pread(descriptor, _BLOCK, offset)
-    if len(block) < _BLOCK:
-        return True
-    return not any(block) and _next_header(descriptor, offset + _BLOCK, length) is None
-
-
-def _next_header(descriptor: int, offset: int, length: int) -> int | None:
-    """The next block that carries tar's magic and a right checksum."""
-    while offset + _BLOCK <= length:
-        chunk = os.pread(descriptor, 1024 * _BLOCK, offset)
-        for start in range(0, len(chunk) - _BLOCK + 1, _BLOCK):
-            block = chunk[start : start + _BLOCK]
-            if block[257:262] == b"ustar" and _is_header(block):
-                return offset + start
-        offset += len(chunk) - len(chunk) % _BLOCK or _BLOCK
-    return None
-
-
-def _size(block: bytes, pax: dict[str, str]) -> int | None:
-    """Bytes of a header's member; None when the field holds no number, or a negative one."""
-    field = block[124:136]
-    if field[0] & 0x80:  # GNU's base 256 for sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    try:
-        size = int(pax["size"]) if "size" in pax else int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
-    return size if size >= 0 else None  # a negative one would send the walk back, for ever
-
-
-def _name(block: bytes) -> str:
-    name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0":
-        prefix = block[345:500].split(b"\0", 1)[0]
-        if prefix:
-            name = prefix + b"/" + name
-    return name.decode("utf-8", "surrogateescape").removeprefix("./")
-
-
-def _pax_records(content: bytes) -> dict[str, str]:
-    records = {}
-    while content:
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length):
-            break
-        record = content[len(length) + 1 : int(length) - 1]
-        name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
-    return records

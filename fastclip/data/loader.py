@@ -7,12 +7,17 @@ What a batch holds depends on (seed, position) alone, never on threads or timing
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,97 +25,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastclip.data.batch import Batch
-from fastclip.data.decode import MAX_PIXELS, BadSampleError, decode, open_image
-from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards
-from fastclip.data.plan import Plan, mix
-from fastclip.data.reader import BadSamples, Members, caption_id, sentences
-from fastclip.data.transforms import random_crop
+from fastclip.data.config import DataConfig
+from fastclip.data.dali_rows import DaliRows
+from fastclip.data.decode import BadSampleError
+from fastclip.data.decoders import Encoded, ImageDecoder, build_decoder
+from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards, index_sources
+from fastclip.data.plan import Mixture, Plan, mix
+from fastclip.data.quarantine import Balance, Quarantine
+from fastclip.data.reader import Members, caption_id, sentences
+from fastclip.data.transforms import Box, random_crop
 from fastclip.tokenizer import Tokenizer
 from fastclip.tokenizer.packing import PackedTokens
 
+logger = logging.getLogger("fastclip")
+
+_CPU = torch.device("cpu")
 _MOST_REPLACEMENTS = 100
 _FEWEST_SEEN = 200  # before that, a fraction of bad samples says little
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained on and how a pair is drawn from a sample."""
-
-    train: str
-    """Shards: a folder, a glob, ``{00000..00042}.tar``, several joined by ``::``."""
-
-    workers: int = 2
-    """Threads that prepare batches on each rank."""
-
-    prefetch_batches: int = 4
-    """Batches prepared ahead."""
-
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of a crop's area over the largest square's; (1, 1) is the paper's random crop."""
-
-    caption_key: str = "txt"
-    """Where the caption is: the txt member, or ``json:field`` (a text or a list of texts)."""
-
-    sample_caption: bool = False
-    """Of several captions in a list take a random one each time, not the first."""
-
-    sample_sentence: bool = False
-    """Take one random sentence of the caption (ConVIRT's augmentation, dropped by CLIP)."""
-
-    positives: Literal["none", "caption", "label"] = "none"
-    """Further positives of a pair: none, pairs with the same caption, or the same json label_id."""
-
-    tokenizer: Literal["native", "python"] = "native"
-    """The compiled tokenizer, or the Python one: the same ids, about 100 times slower."""
-
-    text: Literal["packed", "trimmed", "padded"] = "packed"
-    """Captions without padding, padded to the batch's longest one, or to the context length. All
-    give the same features and gradients; packed computes least."""
-
-    pack_to_multiple: int = 1
-    """Fill up the tokens of packed captions to a multiple of this; run.cuda_graphs wants few
-    numbers of them."""
-
-    apply_orientation: bool = False
-    """Turn images as their EXIF data says; open_clip and most others do not."""
-
-    max_pixels: int = MAX_PIXELS
-    """Larger images count as bad samples."""
-
-    max_bad_fraction: float = 0.1
-    """Stop with an error when more than this share of the samples seen cannot be used."""
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "prefetch_batches", "max_pixels", "pack_to_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is at least 1, not {getattr(self, name)}")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.crop_scale is a range in (0, 1], not {self.crop_scale}")
-        if self.caption_key != "txt" and not self.caption_key.removeprefix("json:"):
-            raise ValueError("data.caption_key=json: lacks the field's name: json:caption")
-        if self.caption_key != "txt" and not self.caption_key.startswith("json:"):
-            raise ValueError(f"data.caption_key is txt or json:field, not {self.caption_key!r}")
-        if self.text not in ("packed", "trimmed", "padded"):
-            raise ValueError(f"data.text is packed, trimmed or padded, not {self.text!r}")
-        if self.text != "packed" and self.pack_to_multiple > 1:
-            raise ValueError(
-                f"data.pack_to_multiple={self.pack_to_multiple} is for data.text=packed, not "
-                f"{self.text}"
-            )
-        if self.positives not in ("none", "caption", "label"):
-            raise ValueError(f"data.positives is none, caption or label, not {self.positives!r}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is in [0, 1], not {self.max_bad_fraction}")
 
 
 @dataclass(frozen=True)
 class _Pair:
     key: str
-    pixels: NDArray[np.uint8]
+    image: Encoded
+    box: Box
     caption: str
     identity: int
     metadata: dict[str, Any]
+    decoded: bool = True
+
+
+@dataclass(frozen=True)
+class _Built:
+    batch: Batch
+    first: int
+    """Of its positions in the stream."""
+
+    replaced: list[bool]
+    """Of each row, whether it is another sample than planned."""
 
 
 class TrainLoader:
@@ -122,6 +74,8 @@ class TrainLoader:
         micro_batches: equal parts that the step computes a batch in; packed texts come in these.
         rank, world_size: which share of each global batch of ``world_size * batch_size`` pairs.
         seed: of order, crops and every other choice.
+        device: where the images are wanted; what decodes on a GPU needs to know.
+        quarantine: file that names the samples which cannot be used; see `Quarantine`.
 
     Attributes:
         wait_seconds: time the consumer has spent waiting for batches.
@@ -129,6 +83,7 @@ class TrainLoader:
     Raises:
         FileNotFoundError, ValueError: see `index_shards`; or the usable samples do not fill one
             global batch.
+        ImportError: see `build_decoder`.
     """
 
     def __init__(
@@ -142,6 +97,8 @@ class TrainLoader:
         world_size: int,
         seed: int,
         micro_batches: int = 1,
+        quarantine: Path | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size or batch_size % micro_batches:
             raise ValueError(
@@ -160,7 +117,17 @@ class TrainLoader:
         needs = {CAPTION_EXTENSION if config.caption_key == "txt" else METADATA_EXTENSION}
         if config.positives == "label":
             needs.add(METADATA_EXTENSION)
-        self.index = index_shards(config.train, needs=tuple(sorted(needs)))
+        self._decoder = _decoder(config)
+        self._dali: DaliRows | None = None
+        if config.decoder == "dali":
+            self._dali = DaliRows(image_size, batch_size, device, config.apply_orientation)
+        self._plan: Plan | Mixture
+        if config.weights:
+            self.index = index_sources(config.train.split("::"), needs=tuple(sorted(needs)))
+            self._plan = Mixture(self.index.source_sizes(), config.weights, seed)
+        else:
+            self.index = index_shards(config.train, needs=tuple(sorted(needs)))
+            self._plan = Plan(self.index.sizes, seed)
         if rank == 0:
             self.index.log_problems()
         if self.global_batch_size > len(self.index):
@@ -169,11 +136,11 @@ class TrainLoader:
                 f"{len(self.index)} usable ones in {config.train}, so that pairs would be their "
                 "own negatives: set a smaller batch or give more shards"
             )
-        self._plan = Plan(self.index.sizes, seed)
-        self._bad = BadSamples()
+        self._quarantine = Quarantine(quarantine)
+        self._balance = Balance(len(self.index), batch_size, rank, world_size)
         self._position = 0
         self._scheduled = 0
-        self._queue: deque[Future[Batch]] = deque()
+        self._queue: deque[Future[_Built]] = deque()
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="fastclip-loader")
         self._closed = False
 
@@ -202,21 +169,24 @@ class TrainLoader:
             first = self._scheduled + self.rank * self.batch_size
             # The plan's caches belong to this thread.
             places = [self._plan(first + place) for place in range(self.batch_size)]
-            self._queue.append(self._pool.submit(self._build, places))
+            self._queue.append(self._pool.submit(self._build, first, places))
             self._scheduled += self.global_batch_size
         begin = time.perf_counter()
         try:
-            batch = self._queue.popleft().result()
+            built = self._queue.popleft().result()
         except BaseException:
             self.close()
             raise
         self.wait_seconds += time.perf_counter() - begin
         self._position += self.global_batch_size
-        return batch
+        self._balance.add(range(built.first, built.first + self.batch_size), built.replaced)
+        for line in self._balance.close_epochs(self._position):
+            logger.info("%s", line)
+        return built.batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer stands; plain data, a few dozen bytes, the same on every rank."""
-        return {"seed": self.seed, "position": self._position, "index": self.index.hash}
+        return {"seed": self.seed, "position": self._position, "index": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, with any number of ranks, threads and batch size.
@@ -229,22 +199,30 @@ class TrainLoader:
                 f"the checkpoint's data order has seed {state['seed']}, this run has "
                 f"{self.seed}: set run.seed={state['seed']}"
             )
-        if state["index"] != self.index.hash:
+        if state["index"] != self._identity():
             raise ValueError(
-                "the shards are not those of the checkpoint (other files, samples or sizes): "
-                "restore them, or start a new run from the weights with run.init_from"
+                "the shards are not those of the checkpoint (other files, samples, sizes or "
+                "data.weights): restore them, or start a new run from the weights with "
+                "run.init_from"
             )
         for future in self._queue:
             future.cancel()
         self._queue.clear()
         self._position = self._scheduled = int(state["position"])
+        self._balance.restart(self._position)
+
+    def _identity(self) -> str:
+        if not self.config.weights:
+            return self.index.hash
+        mixture = repr((self.index.hash, self.index.sources, self.config.weights))
+        return hashlib.blake2b(mixture.encode(), digest_size=8).hexdigest()
 
     def report(self) -> dict[str, int]:
         """Counts of what could not be used: in the shards' structure, and on decoding."""
         counts: dict[str, int] = {}
         for problem in self.index.problems:
             counts[problem.kind] = counts.get(problem.kind, 0) + 1
-        for kind, count in self._bad.counts.items():
+        for kind, count in self._quarantine.counts.items():
             counts[kind] = counts.get(kind, 0) + count
         return counts
 
@@ -253,6 +231,8 @@ class TrainLoader:
         self._closed = True
         self._queue.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._dali is not None:
+            self._dali.close()
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -265,13 +245,27 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _build(self, places: list[tuple[int, int]]) -> Batch:
+    def _build(self, first: int, places: list[tuple[int, int]]) -> _Built:
         images = np.empty((len(places), self.image_size, self.image_size, 3), dtype=np.uint8)
-        pairs = []
+        pairs, replaced = [], []
         for row, (epoch, number) in enumerate(places):
-            pair = self._usable(epoch, number)
-            images[row] = pair.pixels
+            pair, other = self._usable(epoch, number, images[row], self._dali is not None)
             pairs.append(pair)
+            replaced.append(other)
+        if self._dali is None:
+            return _Built(self._batch(pairs, torch.from_numpy(images)), first, replaced)
+        later = {row: (p.image, p.box) for row, p in enumerate(pairs) if not p.decoded}
+        batch, ready, failed = self._dali.fill(images, later)
+        for row, reason in failed.items():
+            logger.debug("%s: %s; decoded on the CPU instead", pairs[row].key, reason)
+            pairs[row], replaced[row] = self._usable(*places[row], images[row])
+        if failed:
+            ready = self._dali.replace(batch, images, list(failed))
+        return _Built(self._batch(pairs, batch, ready), first, replaced)
+
+    def _batch(
+        self, pairs: Sequence[_Pair], images: Tensor, ready: torch.cuda.Event | None = None
+    ) -> Batch:
         captions = [pair.caption for pair in pairs]
         tokens, lengths = self.tokenizer.encode_batch(captions)
         if self.config.text == "trimmed":
@@ -281,7 +275,7 @@ class TrainLoader:
         if self.config.positives != "none":
             ids = torch.tensor([pair.identity for pair in pairs], dtype=torch.int64)
         batch = Batch(
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            images=images.permute(0, 3, 1, 2),
             tokens=tokens,
             lengths=lengths,
             ids=ids,
@@ -289,6 +283,7 @@ class TrainLoader:
             captions=tuple(captions),
             metadata=tuple(pair.metadata for pair in pairs),
             packed=self._packed(tokens),
+            ready=ready,
         )
         return batch.pin() if torch.cuda.is_available() else batch
 
@@ -299,23 +294,30 @@ class TrainLoader:
         multiple = self.config.pack_to_multiple
         return tuple(PackedTokens.pack(rows, multiple=multiple) for rows in tokens.split(part))
 
-    def _usable(self, epoch: int, number: int) -> _Pair:
-        """The sample, or where it cannot be used another one, chosen by the same numbers."""
+    def _usable(
+        self, epoch: int, number: int, pixels: NDArray[np.uint8], defer: bool = False
+    ) -> tuple[_Pair, bool]:
+        """The sample, or, where it cannot be used (and then True), another one that the same
+        numbers choose; its image in `pixels`, unless it is left to DALI."""
         candidate = number
         for attempt in range(1, _MOST_REPLACEMENTS + 1):
             sample = self.index[candidate]
             try:
                 pair = self._pair(sample.key, Members(sample), epoch, candidate)
+                if defer and self._dali is not None and self._dali.takes(pair.image):
+                    pair = dataclasses.replace(pair, decoded=False)
+                else:
+                    self._decoder.decode(pair.image, pair.box, pixels)
             except BadSampleError as error:
-                self._bad.bad(sample, error)
+                self._quarantine.bad(sample, error)
                 self._check_fraction()
                 candidate = mix(self.seed, epoch, number, 5, attempt) % len(self.index)
                 continue
-            self._bad.good()
-            return pair
+            self._quarantine.good()
+            return pair, attempt > 1
         raise ValueError(
             f"{_MOST_REPLACEMENTS} samples in a row cannot be used "
-            f"({dict(self._bad.counts)}); see the messages above"
+            f"({dict(self._quarantine.counts)}); see the messages above"
         )
 
     def _pair(self, key: str, members: Members, epoch: int, number: int) -> _Pair:
@@ -338,19 +340,23 @@ class TrainLoader:
                     f"sample {key} has no whole number of 64 bits as label_id in its json, which "
                     "data.positives=label needs; use data.positives=caption or none"
                 )
-        image = open_image(
-            members.image,
-            max_pixels=config.max_pixels,
-            apply_orientation=config.apply_orientation,
-        )
+        image = self._decoder.open(members.image)
         box = random_crop(*image.size, config.crop_scale, self.seed, epoch, number)
-        pixels = decode(image, box, self.image_size)
-        return _Pair(key, pixels, caption, identity, metadata)
+        return _Pair(key, image, box, caption, identity, metadata)
 
     def _check_fraction(self) -> None:
-        bad = self._bad
+        bad = self._quarantine
         if bad.seen >= _FEWEST_SEEN and bad.fraction > self.config.max_bad_fraction:
             raise ValueError(
                 f"{bad.failed} of {bad.seen} samples drawn cannot be used ({dict(bad.counts)}), "
                 f"more than data.max_bad_fraction={self.config.max_bad_fraction}"
             )
+
+
+def _decoder(config: DataConfig) -> ImageDecoder:
+    return build_decoder(
+        "auto" if config.decoder == "dali" else config.decoder,
+        max_pixels=config.max_pixels,
+        apply_orientation=config.apply_orientation,
+        reduce_jpeg=config.reduce_jpeg,
+    )

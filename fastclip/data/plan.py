@@ -94,3 +94,40 @@ class Plan:
             if len(self._shards) > 4:
                 self._shards.popitem(last=False)
         return self._shards[epoch]
+
+
+class Mixture:
+    """Several sources in one stream, in exact proportions.
+
+    The stream is cut into rounds of as many places as the weights add up to; in every round each
+    source has as many as its weight says, in a random order. Each source goes through its own
+    samples as `Plan` says, over and over.
+
+    Args:
+        sources: sizes of each source's shards.
+        weights: of the sources, whole numbers.
+        seed: of all orders.
+    """
+
+    def __init__(self, sources: list[list[int]], weights: tuple[int, ...], seed: int) -> None:
+        if len(sources) != len(weights) or min(weights) < 1:
+            raise ValueError(f"{len(sources)} sources need as many positive weights, not {weights}")
+        self.seed = seed
+        self.count = sum(map(sum, sources))
+        self._plans = [Plan(sizes, mix(seed, 8, number)) for number, sizes in enumerate(sources)]
+        self._firsts = np.cumsum([0, *(plan.count for plan in self._plans)]).tolist()
+        self._weights = weights
+        self._owners = np.repeat(np.arange(len(weights)), weights)
+        self._round: tuple[int, NDArray[np.int64]] = (-1, self._owners)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """(epoch of its source, sample number over all sources) at `position` of the stream."""
+        turn, place = divmod(position, len(self._owners))
+        if self._round[0] != turn:
+            order = permutation(len(self._owners), self.seed, 9, turn)
+            self._round = (turn, self._owners[order])
+        owners = self._round[1]
+        source = int(owners[place])
+        before = int((owners[:place] == source).sum())
+        epoch, number = self._plans[source](turn * self._weights[source] + before)
+        return epoch, self._firsts[source] + number

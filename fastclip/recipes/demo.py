@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastclip.config import RunConfig, TrainConfig
-from fastclip.data.loader import DataConfig
+from fastclip.data.config import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.eval.retrieval import RetrievalTask
 from fastclip.eval.suite import EvalConfig

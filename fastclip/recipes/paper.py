@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from fastclip.config import RunConfig, TrainConfig
-from fastclip.data.loader import DataConfig
+from fastclip.data.config import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.models.presets import preset
 from fastclip.optim import OptimConfig

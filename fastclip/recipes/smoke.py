@@ -1,7 +1,7 @@
 """A run of seconds on any machine, to check an installation: a tiny ViT on the given shards."""
 
 from fastclip.config import RunConfig, TrainConfig
-from fastclip.data.loader import DataConfig
+from fastclip.data.config import DataConfig
 from fastclip.engine.config import EngineConfig
 from fastclip.models.presets import preset
 from fastclip.optim import OptimConfig

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fastclip.data.decode import BadSampleError, decode, open_image, to_rgb
-from fastclip.data.reader import evaluation_pixels
 from fastclip.data.transforms import centre_crop, random_crop
+from shards import evaluation_pixels
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -12,9 +12,8 @@ import torch
 
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
-from fastclip.data.reader import evaluation_pixels
 from fastclip.tokenizer import Tokenizer
-from shards import sample, write_shards, write_tar
+from shards import evaluation_pixels, sample, write_shards, write_tar
 
 TOKENIZER = Tokenizer(context_length=32)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.data.index import index_shards, scan_shard
+from fastclip.data.index import Problem, index_shards
+from fastclip.data.shard_table import scan_shard
 from fastclip.data.shards import expand_shards
 from shards import sample, write_tar
 
@@ -17,8 +18,16 @@ BLOCK = 512
 
 
 def _keys(path: Path, needs: tuple[str, ...] = ("txt",)) -> tuple[list[str], list[str]]:
-    rows, problems = scan_shard(path, needs=needs)
-    return [key for key, _ in rows], [problem.kind for problem in problems]
+    keys, problems = _scan(path, needs)
+    return keys, [problem.kind for problem in problems]
+
+
+def _scan(path: Path, needs: tuple[str, ...] = ("txt",)) -> tuple[list[str], list[Problem]]:
+    summary, table = scan_shard(path)
+    usable = [table.keys[number] for number in table.usable(needs)]
+    assert summary.count(needs) == len(usable)
+    lacking = table.lacking(path.name, needs, summary.cut_key)
+    return usable, [*summary.problems, *lacking]
 
 
 def _header_of(path: Path, name: str) -> int:
@@ -100,7 +109,7 @@ def test_incomplete_samples_are_named(tmp_path: Path) -> None:
         "unsupported image",
     ]
     assert _keys(path, ("json",))[1].count("missing metadata") == 2
-    _, problems = scan_shard(path)
+    _, problems = _scan(path)
     assert all(str(problem).startswith("a.tar: ") for problem in problems)
 
 
@@ -200,9 +209,9 @@ def test_hash_tells_shards_apart(tmp_path: Path) -> None:
 def test_a_zeroed_first_or_last_header(tmp_path: Path, which: str) -> None:
     path = write_tar(tmp_path / "a.tar", PAIRS)
     _overwrite(path, _header_of(path, which), b"\0" * BLOCK)
-    rows, problems = scan_shard(path, needs=("txt", "json"))
+    keys, problems = _scan(path, ("json", "txt"))
     lost = which.partition(".")[0]
-    assert [key for key, _ in rows] == [key for key, _ in PAIRS if key != lost]
+    assert keys == [key for key, _ in PAIRS if key != lost]
     assert problems[0].kind == "damaged header"
     size = len(dict(PAIRS)[lost][which.partition(".")[2]])
     blocks = 1 + -(-size // BLOCK)

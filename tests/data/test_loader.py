@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from fastclip.data.batch import Batch
-from fastclip.data.loader import DataConfig, TrainLoader
+from fastclip.data.config import DataConfig
+from fastclip.data.loader import TrainLoader
 from fastclip.data.reader import caption_id
 from fastclip.tokenizer import Tokenizer
 from shards import sample, write_shards, write_tar

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from fastclip.data.plan import Plan, mix, permutation, uniform
+from fastclip.data.plan import Mixture, Plan, mix, permutation, uniform
 
 
 @pytest.mark.parametrize("sizes", [[5], [3, 0, 4], [10, 1, 7, 20]])
@@ -98,3 +99,37 @@ def test_orders_do_not_change() -> None:
     assert order[10:] == [0, 8, 9, 1, 4, 2, 5, 3, 6, 7]
     assert permutation(8, 1, 2).tolist() == [1, 2, 6, 3, 7, 4, 0, 5]
     assert mix(1, 2, 3) == 5246500226706903259
+
+
+SOURCES = [[5, 6], [3], [40]]
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (3, 1, 2), (1, 7, 1)])
+def test_mixtures_keep_their_proportions_in_every_round(weights: tuple[int, ...]) -> None:
+    mixture = Mixture(SOURCES, weights, seed=4)
+    firsts = np.cumsum([0, 11, 3, 40])
+    turn = sum(weights)
+    rounds = 60
+    drawn = [mixture(position) for position in range(rounds * turn)]
+    owners = [int(np.searchsorted(firsts, number, side="right")) - 1 for _, number in drawn]
+    for begin in range(0, len(owners), turn):
+        assert [owners[begin : begin + turn].count(n) for n in range(3)] == list(weights)
+    orders = {tuple(owners[begin : begin + turn]) for begin in range(0, len(owners), turn)}
+    assert len(orders) > 1 or turn == 1
+    # A source that runs out begins its next epoch: each sample exactly once in each.
+    for source, size in enumerate((11, 3, 40)):
+        own = [pair for pair, owner in zip(drawn, owners, strict=True) if owner == source]
+        assert len(own) == rounds * weights[source]
+        for epoch in range(len(own) // size):
+            numbers = [n for e, n in own[epoch * size : (epoch + 1) * size] if e == epoch]
+            assert sorted(numbers) == list(range(firsts[source], firsts[source] + size))
+
+
+def test_mixtures_have_random_access() -> None:
+    forward = Mixture(SOURCES, (3, 1, 2), seed=4)
+    expected = [forward(position) for position in range(500)]
+    other = Mixture(SOURCES, (3, 1, 2), seed=4)
+    assert [other(position) for position in range(499, -1, -1)] == expected[::-1]
+    assert [Mixture(SOURCES, (3, 1, 2), seed=5)(p) for p in range(500)] != expected
+    with pytest.raises(ValueError, match="3 sources need as many"):
+        Mixture(SOURCES, (1, 2), seed=0)

@@ -10,7 +10,8 @@ import pytest
 
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import index_shards
-from fastclip.data.reader import BadSamples, Members, caption_id, sentences
+from fastclip.data.quarantine import Quarantine
+from fastclip.data.reader import Members, caption_id, sentences
 from shards import picture, sample, write_tar
 
 
@@ -76,10 +77,36 @@ def test_a_shard_that_changes_under_the_run(tmp_path: Path) -> None:
     with pytest.raises(BadSampleError, match="shorter than it was") as caught:
         Members(found)
     assert caught.value.kind == "unreadable"
+
+
+def test_a_shard_that_vanishes_before_it_is_opened(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [sample(0)])
+    found = index_shards(str(path))[0]
     path.unlink()
     with pytest.raises(BadSampleError, match=r"a\.tar: No such file") as caught:
         Members(found)
     assert caught.value.kind == "unreadable"
+
+
+def test_a_shard_that_is_deleted_while_it_is_open_stays_readable(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [sample(0), sample(1)])
+    index = index_shards(str(path))
+    before = bytes(Members(index[0]).image)
+    path.unlink()
+    assert Members(index[0]).image == before
+    write_tar(path, [sample(2)])  # and another of its name is another one
+    assert Members(index_shards(str(path))[0]).image == sample(2)[1]["png"]
+
+
+def test_a_shard_with_something_else_at_the_place(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [sample(0), sample(1)])
+    found = index_shards(str(path))[1]
+    content = bytearray(path.read_bytes())
+    offset = found.image[0]
+    content[offset - 512 + 124 : offset - 512 + 135] = b"00000000007"
+    path.write_bytes(content)
+    with pytest.raises(BadSampleError, match="is not what it was when indexed"):
+        Members(found)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +143,7 @@ def test_bad_samples_are_named_once_and_counted_as_drawn(
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "0.tar", [sample(0)])
     index = index_shards(f"{tmp_path}/x::{tmp_path}/y")  # one name, one key, two samples
-    bad = BadSamples()
+    bad = Quarantine()
     assert bad.fraction == 0
     for _ in range(3):
         bad.bad(index[0], BadSampleError("broken image", "cut"))

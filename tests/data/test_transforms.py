@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fastclip.data.decode import decode
-from fastclip.data.reader import evaluation_pixels
 from fastclip.data.transforms import centre_crop, random_crop
+from shards import evaluation_pixels
 
 SIZES = [(1, 1), (1, 900), (3, 2), (64, 64), (333, 77), (7, 4096)]
 
