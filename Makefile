@@ -47,6 +47,7 @@ $(VENV)/.dev: $(VENV)/.train
 
 demo: $(VENV)/.train
 	$(BIN)/python -m fastclip data demo $(DEMO)/data
+	$(BIN)/python -m fastclip data index $(DEMO)/data/train
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS) --module \
 		fastclip train demo --data $(DEMO)/data run.device=cpu run.directory=$(DEMO)/run
 	$(BIN)/python -m fastclip show $(DEMO)/run
@@ -65,7 +66,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/tokenizer/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.cpp
 
 dist: $(VENV)/.dev
 	rm -rf dist

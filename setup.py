@@ -32,6 +32,7 @@ SOURCES = {
         "bindings",
     ),
     "fastclip.data._native": (
+        "members_bindings",
         "resample",
         "resample_x86",
         "resample_bindings",

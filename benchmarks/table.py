@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import step_table, tokenizer_table
+from benchmarks import data_table, step_table, tokenizer_table
 from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
 from benchmarks.record import RESULTS, ROOT, read_rows
 
@@ -51,7 +51,8 @@ def table(results: Path = RESULTS) -> str:
     measured = "\n\n".join(part for part in parts if part) or NOT_RUN
     steps = step_table.section(read_rows(results / "step.csv"))
     tokenizers = tokenizer_table.section(read_rows(results / "tokenizer.csv"))
-    return "\n\n".join(part for part in (measured, steps, tokenizers) if part)
+    data = data_table.section(read_rows(results / "loader.csv"), read_rows(results / "phrases.csv"))
+    return "\n\n".join(part for part in (measured, steps, data, tokenizers) if part)
 
 
 def with_table(readme: str, text: str) -> str:

@@ -5,6 +5,7 @@
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The data path's C++; use fastclip.data.";
+  fastclip::bind_members(module);
   fastclip::bind_phrases(module);
   fastclip::bind_resample(module);
 }

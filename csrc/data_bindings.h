@@ -5,6 +5,7 @@
 
 namespace fastclip {
 
+void bind_members(pybind11::module_& module);
 void bind_phrases(pybind11::module_& module);
 void bind_resample(pybind11::module_& module);
 

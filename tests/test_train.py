@@ -118,6 +118,24 @@ def test_killed_at_random_steps_the_losses_are_bit_identical(shards, uninterrupt
     assert _losses(run) == _losses(uninterrupted)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_kills_lose_no_sample_and_no_bit(shards, tmp_path):
+    settings = ["run.steps=40", "run.checkpoint_every_steps=2", "data.crop_scale=0.5,1"]
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    _run(shards, whole, *settings)
+    seed = random.randrange(10**6)
+    print(f"kill steps drawn with seed {seed}")
+    draw = random.Random(seed)
+    for number in range(10):
+        _kill_after(shards, run, 3 * number + draw.randint(2, 5), *settings)
+    last = _run(shards, run, *settings)
+    assert _losses(run) == _losses(whole)
+    epochs = [line for line in last.splitlines() if "samples planned" in line]
+    assert epochs
+    assert all(line.endswith("delivered + 0 replaced") for line in epochs)
+
+
 def test_sigterm_saves_and_the_next_launch_continues(shards, uninterrupted, tmp_path):
     run = tmp_path / "stopped"
     process = subprocess.Popen(

@@ -5,6 +5,10 @@ from numpy.typing import NDArray
 
 SLACK: int
 
+def read_members(
+    descriptor: int, places: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+) -> tuple[bytes, bytes, bytes] | int: ...
+
 class Resampler:
     def __init__(self, instructions: str = "") -> None: ...
     def resize(
