@@ -18,8 +18,9 @@ namespace fastclip {
 namespace {
 
 constexpr int kMembers = 3;
-constexpr std::int64_t kBlock = 512;      // a tar's header
-constexpr std::int64_t kGap = 16 * 512;   // bytes between members that are read, not skipped
+constexpr std::int64_t kBlock = 512;     // a tar's header
+constexpr std::int64_t kGap = 16 * 512;  // bytes between members that are read, not skipped
+constexpr std::int64_t kFarthest = std::int64_t{1} << 60;
 constexpr std::int64_t kLarge = 1 << 24;  // from here on a size is compared with the file's first
 constexpr std::size_t kSizeField = 124, kSizeBytes = 12;
 
@@ -100,10 +101,12 @@ py::object read_members(int descriptor, const py::tuple& places) {
   std::array<py::object, kMembers> contents{py::bytes(), py::bytes(), py::bytes()};
   int count = 0;
   for (int i = 0; i < kMembers; ++i) {
-    const auto place = py::reinterpret_borrow<py::tuple>(places[i]);
+    const auto place = places[i].cast<py::tuple>();
+    if (place.size() != 2) throw py::value_error("a place is an offset and a size");
     const std::int64_t offset = place[0].cast<std::int64_t>(), size = place[1].cast<std::int64_t>();
     if (offset < 0) continue;
-    if (size < 0 || offset < kBlock) return py::int_(static_cast<int>(kChanged));
+    if (size < 0 || offset < kBlock || offset > kFarthest)
+      return py::int_(static_cast<int>(kShort));
     if (size >= kLarge) {
       struct stat status;
       if (fstat(descriptor, &status) != 0 || size > status.st_size)

@@ -47,6 +47,30 @@ def add_data_verbs(verbs: Any) -> None:
     balance.add_argument("--workers", type=int, default=1, help="processes")
     balance.set_defaults(run=_balance)
 
+    reshard = below.add_parser(
+        "reshard", help="write shards anew: smaller images, no repetitions, other groups"
+    )
+    reshard.add_argument("shards", help="as for index; local ones")
+    reshard.add_argument("--out", type=Path, required=True, help="folder of the shards written")
+    reshard.add_argument(
+        "--short", type=int, default=256, help="pixels of the short side at most; 0 copies images"
+    )
+    reshard.add_argument("--quality", type=int, default=90, help="of images made smaller, as JPEG")
+    reshard.add_argument(
+        "--dedup", choices=("none", "images", "pairs"), default="none", help="keep the first only"
+    )
+    reshard.add_argument(
+        "--needs", nargs="*", default=["txt"], metavar="txt|json", help="what a sample must have"
+    )
+    reshard.add_argument("--samples-per-shard", type=int, default=10_000)
+    reshard.add_argument("--shuffle", type=int, metavar="SEED", help="permute all samples")
+    reshard.add_argument(
+        "--apply-orientation", action="store_true", help="turn images as their EXIF data say"
+    )
+    reshard.add_argument("--max-pixels", type=int, help="images of more are left out")
+    reshard.add_argument("--workers", type=int, default=1, help="processes")
+    reshard.set_defaults(run=_reshard)
+
     demo = below.add_parser("demo", help="real image–text pairs from package registries")
     demo.add_argument("directory", type=Path)
     demo.add_argument("--full", action="store_true", help="add the Debian packages' pictures")
@@ -112,6 +136,33 @@ def _balance(options: argparse.Namespace) -> int:
         f"{options.out}: {summary.kept:,} of {summary.pairs:,} pairs kept, "
         f"{summary.unmatched:,} without a query, {summary.unusable:,} unusable; "
         f"{summary.head:,} queries thinned out"
+    )
+    return 0
+
+
+def _reshard(options: argparse.Namespace) -> int:
+    from fastclip.data.decode import MAX_PIXELS
+    from fastclip.data.reshard import reshard
+
+    summary = reshard(
+        options.shards,
+        options.out,
+        short=options.short,
+        quality=options.quality,
+        dedup=options.dedup,
+        needs=options.needs,
+        samples_per_shard=options.samples_per_shard,
+        shuffle=options.shuffle,
+        apply_orientation=options.apply_orientation,
+        max_pixels=MAX_PIXELS if options.max_pixels is None else options.max_pixels,
+        workers=options.workers,
+    )
+    left_out = sum(summary.dropped.values())
+    print(
+        f"{options.out}: {summary.written:,} of {summary.samples:,} samples in "
+        f"{summary.shards_written:,} shards, {summary.shrunk:,} images made smaller; "
+        f"{left_out:,} left out, named in dropped.jsonl; images of "
+        f"{summary.image_bytes_before / 1e9:.2f} GB are {summary.image_bytes_after / 1e9:.2f} GB"
     )
     return 0
 

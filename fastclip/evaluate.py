@@ -13,6 +13,7 @@ from fastclip.checkpoint import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import METADATA_EXTENSION, index_shards
+from fastclip.data.remote import shown
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.eval.prompts import fill, imagenet_templates
 from fastclip.eval.suite import run_suite
@@ -139,7 +140,7 @@ def _search(
             caption_key=None,
         ):
             features.append(model(images=batch.images).image_features)
-            targets.append(classes.index(batch, task.shards))
+            targets.append(classes.index(batch, shown(task.shards)))
             pixels.append(batch.images)
         images, target = torch.cat(features), torch.cat(targets)
         present = target.unique()

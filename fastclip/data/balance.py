@@ -12,7 +12,6 @@ so that a run that was killed goes on at the next shard.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,10 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastclip.data.curator import TOTALS, Curator, Job, write_whole
+from fastclip.data.curator import TOTALS, Curator, Job
 from fastclip.data.index import Sample, ShardIndex, index_shards
 from fastclip.data.metadata_queries import check_queries
 from fastclip.data.phrases import can_occur
+from fastclip.data.rewriting import alone, end_with_parent, write_whole
+from fastclip.data.shards import local_shards
 
 logger = logging.getLogger("fastclip")
 
@@ -97,7 +97,7 @@ def balance(
     probability.
 
     Args:
-        pattern: the shards, see `expand_shards`.
+        pattern: the shards, local ones; see `expand_shards`.
         queries: as `read_queries` gives them.
         out: an empty folder, or one that was begun with the same arguments; it is made.
         per_query: T, in pairs.
@@ -114,11 +114,12 @@ def balance(
         ChildProcessError: a worker died. The same call goes on.
     """
     _check(queries, per_query, seed, caption_key, workers)
+    shards = local_shards(pattern)
     index = index_shards(pattern, needs=("txt",) if caption_key == "txt" else ("json",))
     index.log_problems()
-    names = _names(index.shards)
+    names = _names(shards)
     job = Job(list(queries), per_query, seed, caption_key, out)
-    _begin(job, index)
+    _begin(job, shards, index.sizes)
     never = sum(not can_occur(query) for query in queries)
     if never:
         logger.warning(
@@ -127,7 +128,7 @@ def balance(
             len(queries),
         )
     numbers = range(len(names))
-    with _alone(job), _Pool(job, workers) as pool:
+    with alone(job.work, job.out, "balancing"), _Pool(job, workers) as pool:
         rest = [n for n in numbers if not job.counted(n).is_file()]
         pool.run(Curator.count, "counted", len(rest), ((n, _samples(index, n)) for n in rest))
         totals, counts = _add_up(job, len(names))
@@ -177,13 +178,13 @@ def _names(shards: Sequence[Path]) -> list[str]:
     return [f"{n:06d}-{name}" for n, name in enumerate(names)] if repeat else names
 
 
-def _begin(job: Job, index: ShardIndex) -> None:
+def _begin(job: Job, shards: Sequence[Path], sizes: Sequence[int]) -> None:
     """Make the output folder, or see that it was begun with this job.
 
     Raises:
         ValueError: it was not.
     """
-    for shard in index.shards:
+    for shard in shards:
         if shard.resolve().parent == job.out.resolve():
             raise ValueError(f"{job.out} holds the shards to balance: name another output folder")
     settings: dict[str, Any] = {
@@ -192,11 +193,11 @@ def _begin(job: Job, index: ShardIndex) -> None:
         "per_query": job.per_query,
         "seed": job.seed,
         "caption_key": job.caption_key,
-        "shards": len(index.shards),
+        "shards": len(shards),
     }
     inputs = [
         f"{shard.name}: {shard.stat().st_size} bytes, {size} samples"
-        for shard, size in zip(index.shards, index.sizes, strict=True)
+        for shard, size in zip(shards, sizes, strict=True)
     ]
     path = job.work / "settings.json"
     if path.is_file():
@@ -219,17 +220,6 @@ def _begin(job: Job, index: ShardIndex) -> None:
     job.work.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"settings": settings, "inputs": inputs}, indent=1).encode()
     write_whole(path, lambda file: file.write(content))
-
-
-@contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    """Raises ValueError if another process is at work on the folder."""
-    with (job.work / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is balancing into {job.out}: wait for it") from None
-        yield
 
 
 def _samples(index: ShardIndex, shard: int) -> list[Sample]:
@@ -338,6 +328,7 @@ _curator: Curator | None = None
 
 def _start(job: Job) -> None:
     global _curator
+    end_with_parent()
     _curator = Curator(job)
 
 

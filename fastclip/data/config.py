@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +16,8 @@ class DataConfig:
     """What is trained on and how a pair is drawn from a sample."""
 
     train: str
-    """Shards: a folder, a glob, ``{00000..00042}.tar``, several joined by ``::``."""
+    """Shards: a folder, a glob, ``{00000..00042}.tar``, several joined by ``::``; here, or an
+    address that fsspec knows: ``s3://bucket/folder``, ``https://host/{00000..00042}.tar``, …"""
 
     weights: tuple[int, ...] = ()
     """Of the sources that ``::`` joins, whole numbers: of so many pairs as they add up to, so many
@@ -26,6 +28,21 @@ class DataConfig:
 
     prefetch_batches: int = 4
     """Batches prepared ahead."""
+
+    cache_dir: str = ""
+    """Where copies of shards on other machines are kept, on a disk of this one; all ranks share it.
+    Without: ``fastclip/shards`` in XDG_CACHE_HOME or ~/.cache."""
+
+    cache_gigabytes: float = 100.0
+    """Those used longest ago are removed rather than that the copies take more than this, or more
+    than the disk has. Less than the shards of 32768 samples makes some be fetched twice."""
+
+    remote_retries: int = 5
+    """Attempts after the first one to fetch a shard, after pauses of about 1, 2, 4, … s. After the
+    last its samples count as bad for a minute."""
+
+    remote_timeout_seconds: float = 60.0
+    """An attempt fails when nothing has come for so long."""
 
     decoder: Decoder = "auto"
     """native: JPEG by libjpeg-turbo and our resize, the rest by Pillow; pillow: all by Pillow, the
@@ -74,6 +91,11 @@ class DataConfig:
         for name in ("workers", "prefetch_batches", "max_pixels", "pack_to_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is at least 1, not {getattr(self, name)}")
+        for name in ("cache_gigabytes", "remote_timeout_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name} is more than 0, not {getattr(self, name)}")
+        if self.remote_retries < 0:
+            raise ValueError(f"data.remote_retries is at least 0, not {self.remote_retries}")
         if self.decoder not in get_args(Decoder):
             raise ValueError(
                 f"data.decoder is {', '.join(get_args(Decoder))}, not {self.decoder!r}"

@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from fastclip.data.decode import BadSampleError
 from fastclip.data.index import Sample
 from fastclip.data.phrases import Phrases
 from fastclip.data.reader import Members
+from fastclip.data.rewriting import is_unsafe, stopping, write_whole
 from fastclip.data.shard_writer import write_shard
 from fastclip.data.storage import FILES
 from fastclip.data.tar import members
@@ -87,14 +87,6 @@ def draw(seed: int, query: str, identity: bytes) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that is there when it is complete, and not before."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)
-
-
 class Curator:
     """Does the work of a `Job`, a shard at a time."""
 
@@ -132,9 +124,10 @@ class Curator:
                 if not len(ids):
                     continue
                 places = (sample.image, sample.caption, sample.metadata)
-                with _stopping():
-                    contents = [bytes(part) for part in FILES.read(sample.shard, places)]
+                with stopping():
+                    contents = FILES.read(sample.shard, places)
                 if self.is_chosen(ids, contents[0], captions):
+                    assert isinstance(sample.shard, Path)  # `balance` takes no others
                     extensions = extensions or _extensions(sample.shard)
                     kept["kept"] += 1
                     parts = sorted(zip(places, contents, strict=True))  # as they lie in the shard
@@ -195,24 +188,15 @@ class Curator:
                 first = last
 
     def _captions(self, sample: Sample) -> list[str]:
-        if sample.key.startswith("/") or ".." in sample.key.split("/"):
+        if is_unsafe(sample.key):
             raise BadSampleError("unsafe name", "it leads out of the folder it is unpacked in")
         # Only the caption is read.
         is_text = self.job.caption_key == "txt"
         absent = (-1, 0)
         needed = replace(sample, image=absent, **{"metadata" if is_text else "caption": absent})
-        with _stopping():
+        with stopping():
             content = Members(needed)
         return content.captions(self.job.caption_key)
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """A shard that cannot be read is no fault of its pairs': the run stops, and can go on later."""
-    try:
-        yield
-    except BadSampleError as error:
-        raise ValueError(str(error)) from None
 
 
 def _totals(found: list[NDArray[np.int32]], unusable: list[str]) -> NDArray[np.int64]:

@@ -44,7 +44,7 @@ class DaliRows:
 
     def takes(self, image: Encoded) -> bool:
         """Whether DALI gives this image the pixels that the contract asks for."""
-        return takes(bytes(image.content), apply_orientation=self.apply_orientation)
+        return takes(image.content, apply_orientation=self.apply_orientation)
 
     def fill(
         self, images: NDArray[np.uint8], rows: Mapping[int, tuple[Encoded, Box]]
@@ -61,7 +61,7 @@ class DaliRows:
         """
         if not rows:
             return torch.from_numpy(images), None, {}
-        contents = [bytes(image.content) for image, _ in rows.values()]
+        contents = [image.content for image, _ in rows.values()]
         boxes = [box for _, box in rows.values()]
         numbers = list(rows)
         if self.device.type == "cpu":

@@ -11,9 +11,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastclip.data.transforms import Box
 
-Buffer = bytes | memoryview
-"""Encoded bytes."""
-
 MAX_PIXELS = 178_956_970
 """Largest image decoded: beyond it, a file of a few kilobytes may ask for gigabytes."""
 
@@ -28,7 +25,7 @@ class BadSampleError(Exception):
 
 
 def open_image(
-    content: Buffer, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = False
+    content: bytes, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = False
 ) -> Image.Image:
     """Read an image's header; its pixels are decoded later.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastclip.data.decode import MAX_PIXELS, Buffer, check_pixels, decode, open_image
+from fastclip.data.decode import MAX_PIXELS, check_pixels, decode, open_image
 from fastclip.data.transforms import Box
 
 logger = logging.getLogger("fastclip")
@@ -48,7 +48,7 @@ _MOST_REDUCED = 8  # libjpeg's smallest DCT is one value for a block of 8 × 8
 class Encoded:
     """An image whose header has been read."""
 
-    content: Buffer
+    content: bytes
     width: int
     height: int
     """In pixels, as the image is seen."""
@@ -70,7 +70,7 @@ class ImageDecoder(Protocol):
 
     name: ClassVar[str]
 
-    def open(self, content: Buffer) -> Encoded:
+    def open(self, content: bytes) -> Encoded:
         """Read an image's header.
 
         Raises:
@@ -126,7 +126,7 @@ class PillowDecoder:
         self.max_pixels = max_pixels
         self.apply_orientation = apply_orientation
 
-    def open(self, content: Buffer) -> Encoded:
+    def open(self, content: bytes) -> Encoded:
         """See `ImageDecoder`."""
         picture = open_image(
             content, max_pixels=self.max_pixels, apply_orientation=self.apply_orientation
@@ -161,9 +161,9 @@ class NativeDecoder:
         self._pillow = PillowDecoder(max_pixels, apply_orientation)
         self._thread = threading.local()
 
-    def open(self, content: Buffer) -> Encoded:
+    def open(self, content: bytes) -> Encoded:
         """See `ImageDecoder`."""
-        if content[:3] != _JPEG:
+        if not content.startswith(_JPEG):
             return self._pillow.open(content)
         try:
             sides = _simplejpeg.decode_jpeg_header(content)
@@ -245,7 +245,7 @@ class NativeDecoder:
         return own.buffer
 
 
-def _orientation(content: Buffer) -> int:
+def _orientation(content: bytes) -> int:
     try:
         picture = open_image(content, max_pixels=1 << 62)
         number = picture.getexif().get(_ORIENTATION, 1)

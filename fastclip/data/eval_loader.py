@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from fastclip.data.decoders import ImageDecoder, build_decoder
 from fastclip.data.index import ShardIndex
 from fastclip.data.quarantine import Quarantine
 from fastclip.data.reader import Members
+from fastclip.data.remote import stop_with
 from fastclip.data.transforms import centre_crop
 from fastclip.tokenizer import Tokenizer
 
@@ -49,19 +51,23 @@ def eval_batches(
     decoder = build_decoder("auto")
     share = world_size * batch_size
     firsts = range(rank * batch_size, -(-len(index) // share) * share, share)
-    with ThreadPoolExecutor(workers, thread_name_prefix="fastclip-eval") as pool:
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers, "fastclip-eval", stop_with, (stop,)) as pool:
         queue: deque[Future[Batch]] = deque()
-        for first in firsts:
-            numbers = range(min(first, len(index)), min(first + batch_size, len(index)))
-            queue.append(
-                pool.submit(
-                    _build, index, numbers, image_size, tokenizer, caption_key, bad, decoder
+        try:
+            for first in firsts:
+                numbers = range(min(first, len(index)), min(first + batch_size, len(index)))
+                queue.append(
+                    pool.submit(
+                        _build, index, numbers, image_size, tokenizer, caption_key, bad, decoder
+                    )
                 )
-            )
-            if len(queue) > workers + 1:
+                if len(queue) > workers + 1:
+                    yield queue.popleft().result()
+            while queue:
                 yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+        finally:  # who is interrupted need not wait for shards on other machines
+            stop.set()
     if bad.total:
         logger.warning("evaluation left out %d sample(s): %s", bad.total, dict(bad.counts))
 

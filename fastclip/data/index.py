@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastclip.data.remote import shown, stop_with
+from fastclip.data.remote_files import RemoteFile, Shard
+from fastclip.data.shard_cache import copy_path, index_places, size_of, walk
 from fastclip.data.shard_table import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -24,9 +27,9 @@ from fastclip.data.shard_table import (
     Problem,
     ShardTable,
     Summary,
+    index_path,
     load_summary,
     load_table,
-    scan_shard,
 )
 from fastclip.data.shards import expand_shards
 from fastclip.data.storage import FILES
@@ -44,6 +47,7 @@ __all__ = [
 logger = logging.getLogger("fastclip")
 
 _SHARDS_AT_A_TIME = 32
+_REMOTE_THREADS = 32
 _TABLES_KEPT = 64
 """Of those that can be read again: more than the shards among which samples are permuted."""
 
@@ -52,7 +56,7 @@ _TABLES_KEPT = 64
 class Sample:
     """Where one sample's members lie in its shard; (offset, size) in bytes, (-1, 0) if absent."""
 
-    shard: Path
+    shard: Shard
     key: str
     image: tuple[int, int]
     caption: tuple[int, int]
@@ -64,26 +68,58 @@ class Sample:
 class _Shard:
     """One shard, its table at hand or in the index beside it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Shard) -> None:
         self.path = path
+        self.lock = threading.Lock()
+        """Of the table, while it is made or loaded."""
         self.stale = False
-        summary = load_summary(path)
-        if summary is not None and summary.tar_bytes != path.stat().st_size:
-            self.stale, summary = True, None
         self.scanned: ShardTable | None = None
-        if summary is None:
-            summary, self.scanned = scan_shard(path)
-        self.summary: Summary = summary
+        self.known, self._place = self._find()
+        self.bare = isinstance(path, RemoteFile) and self._place in (
+            None,
+            index_path(copy_path(path)),
+        )
+        """Whether it had to be fetched to be known."""
+
+    @cached_property
+    def summary(self) -> Summary:
+        if self.known is not None:
+            return self.known
+        summary, self.scanned = walk(self.path)
+        return summary
 
     def table(self) -> ShardTable:
-        return self.scanned if self.scanned is not None else load_table(self.path)
+        if self.scanned is not None:
+            return self.scanned
+        if self._place is not None:
+            try:
+                return load_table(self._place)
+            except FileNotFoundError:
+                if not isinstance(self.path, RemoteFile):
+                    raise
+        _, self._place = self._find()  # the copy has made room for others
+        return walk(self.path)[1] if self._place is None else load_table(self._place)
+
+    def _find(self) -> tuple[Summary | None, Path | None]:
+        """What is known, and the place of the index that says it."""
+        for place in index_places(self.path):
+            try:
+                summary = load_summary(place)
+            except ValueError as error:
+                if place is self.path:
+                    raise
+                raise ValueError(f"{self.path}: {error}") from None  # which names the copy alone
+            if summary is not None and summary.tar_bytes == size_of(self.path):
+                return summary, place
+            self.stale = self.stale or summary is not None
+        return None, None
 
 
 class ShardIndex:
     """The usable samples of a list of shards, in the shards' order. For any number of threads.
 
     Attributes:
-        shards: the files.
+        shards: the files; `fastclip.data.storage.FILES` reads them wherever they are.
         needs: members that a sample must have beside its image.
         sizes: usable samples of each shard.
         sources: shards of each source.
@@ -123,8 +159,11 @@ class ShardIndex:
         return [self.sizes[end - n : end] for end, n in zip(ends, self.sources, strict=True)]
 
     def _table(self, shard: int) -> tuple[ShardTable, NDArray[np.int64]]:
-        with self._lock:
-            found = self._tables.get(shard)
+        found = self._kept(shard)
+        if found is not None:
+            return found
+        with self._shards[shard].lock:  # the others' tables are read meanwhile
+            found = self._kept(shard)
             if found is None:
                 table = self._shards[shard].table()
                 found = table, table.usable(self.needs)
@@ -133,11 +172,17 @@ class ShardIndex:
                         f"the index of {self.shards[shard]} contradicts itself: make it anew with "
                         "fastclip data index"
                     )
-                self._tables[shard] = found
-            self._tables.move_to_end(shard)
-            while len(self._tables) > _TABLES_KEPT:
-                self._tables.popitem(last=False)
+                with self._lock:
+                    self._tables[shard] = found
+                    while len(self._tables) > _TABLES_KEPT:
+                        self._tables.popitem(last=False)
             return found
+
+    def _kept(self, shard: int) -> tuple[ShardTable, NDArray[np.int64]] | None:
+        with self._lock:
+            if shard in self._tables:
+                self._tables.move_to_end(shard)
+            return self._tables.get(shard)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -160,6 +205,15 @@ class ShardIndex:
                 len(stale),
                 stale[0],
             )
+        if bare := [shard.path for shard in self._shards if shard.bare]:
+            logger.warning(
+                "%d of %d remote shard(s) have no index beside them (first: %s), and had to be "
+                "fetched whole to be looked through: run fastclip data index where they lie, and "
+                "keep the .fcidx files beside them",
+                len(bare),
+                sum(isinstance(path, RemoteFile) for path in self.shards),
+                bare[0],
+            )
         for problem in self.problems:
             logger.warning("%s", problem)
         if self.problems:
@@ -168,28 +222,40 @@ class ShardIndex:
             logger.warning("left out of %d shard(s): %s", len(self.shards), listed)
 
 
-def _open_all(shards: list[Path]) -> list[_Shard]:
+def _open_all(shards: list[Shard]) -> list[_Shard]:
     """In a few threads, for disks that answer slowly, each with many shards at a time."""
-    parts = [
-        shards[first : first + _SHARDS_AT_A_TIME]
-        for first in range(0, len(shards), _SHARDS_AT_A_TIME)
-    ]
-    with ThreadPoolExecutor(8) as pool:
-        opened = pool.map(lambda part: [_Shard(path) for path in part], parts)
-        return [shard for part in opened for shard in part]
+    remote = any(isinstance(shard, RemoteFile) for shard in shards)
+    length = 1 if remote else _SHARDS_AT_A_TIME
+    parts = [shards[first : first + length] for first in range(0, len(shards), length)]
+    stop = threading.Event()
+    workers = _REMOTE_THREADS if remote else 8
+    with ThreadPoolExecutor(workers, initializer=stop_with, initargs=(stop,)) as pool:
+        try:
+            opened = pool.map(lambda part: [_Shard(path) for path in part], parts)
+            found = [shard for part in opened for shard in part]
+            unknown = [shard for shard in found if shard.known is None]
+            if remote and unknown:
+                logger.info("fetching and looking through %d shard(s) without index", len(unknown))
+            parts = [unknown[first : first + length] for first in range(0, len(unknown), length)]
+            list(pool.map(lambda part: [shard.summary for shard in part], parts))
+        finally:  # one that fails, or an interrupt, need not wait for the others
+            stop.set()
+    return found
 
 
 def index_shards(pattern: str, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)) -> ShardIndex:
     """Index the shards meant by `pattern` (see `expand_shards`).
 
-    An index file beside a shard is used; other shards are walked now.
+    An index file beside a shard is used; other shards are walked now, which remote ones are
+    fetched for.
 
     Args:
         needs: members that a sample must have beside its image, "txt" or "json".
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`; or not one sample is usable, or an index
-            file is damaged.
+        FileNotFoundError, ImportError, ValueError: see `expand_shards`; or not one sample is
+            usable, an index file is damaged, or the cache is too small.
+        OSError: a shard cannot be read or fetched.
     """
     return index_sources([pattern], needs=needs)
 
@@ -211,7 +277,7 @@ def index_sources(
         first = f" First: {index.problems[0]}" if index.problems else ""
         wanted = " and ".join(("an image", *needs))
         raise ValueError(
-            f"{pattern}: {len(count)} shard(s), and no usable sample ({wanted} with one key)."
-            f"{first}"
+            f"{shown(pattern)}: {len(count)} shard(s), and no usable sample ({wanted} with one "
+            f"key).{first}"
         )
     return index

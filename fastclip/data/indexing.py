@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastclip.data.decode import MAX_PIXELS, BadSampleError, Buffer, open_image
+from fastclip.data.decode import MAX_PIXELS, BadSampleError, open_image
 from fastclip.data.shard_table import (
     IMAGE_EXTENSIONS,
     Problem,
@@ -34,7 +34,7 @@ from fastclip.data.shard_table import (
     save_table,
     scan_shard,
 )
-from fastclip.data.shards import expand_shards
+from fastclip.data.shards import local_shards
 from fastclip.data.storage import FILES
 
 logger = logging.getLogger("fastclip")
@@ -110,10 +110,10 @@ def build_index(
         anew: index all again.
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`; or a shard changes meanwhile.
+        FileNotFoundError, ValueError: see `local_shards`; or a shard changes meanwhile.
         OSError: a shard cannot be read, or its folder not be written to.
     """
-    shards = expand_shards(pattern)
+    shards = local_shards(pattern)
     FILES.forget(shards)
     todo = [shard for shard in shards if anew or not _is_current(shard)]
     logger.info("%d shard(s), %d to be looked through", len(shards), len(todo))
@@ -161,10 +161,10 @@ def _look_through(shard: Path, table: ShardTable, max_pixels: int) -> dict[str, 
     """The columns that only the samples' bytes can tell."""
     rows = []
     for a, b, c, d, _, _ in table.places.tolist():
-        image, caption = FILES.read(shard, [(a, b), (c, d)])
+        image, caption, _ = FILES.read(shard, ((a, b), (c, d), (-1, 0)))
         width, height, codec, orientation, flags = _look(image, max_pixels)
         if c >= 0:
-            flags |= _caption_flags(bytes(caption))
+            flags |= _caption_flags(caption)
         rows.append(
             (width, height, codec, orientation, flags, len(caption), _hash(image), _hash(caption))
         )
@@ -185,7 +185,7 @@ def _look_through(shard: Path, table: ShardTable, max_pixels: int) -> dict[str, 
     }
 
 
-def _look(image: Buffer, max_pixels: int) -> tuple[int, int, int, int, int]:
+def _look(image: bytes, max_pixels: int) -> tuple[int, int, int, int, int]:
     """Width, height, codec, orientation, flags; from the header alone."""
     try:
         picture = open_image(image, max_pixels=1 << 62)
@@ -202,7 +202,7 @@ def _look(image: Buffer, max_pixels: int) -> tuple[int, int, int, int, int]:
     flags = 2 if picture.width * picture.height > max_pixels else 0
     # Some cameras write zeros, or their own data, behind the end.
     ending = _ENDINGS.get(kind)
-    if ending is not None and ending not in bytes(image[-65536:]):
+    if ending is not None and ending not in image[-65536:]:
         flags |= 4
     return picture.width, picture.height, codec, orientation, flags
 
@@ -214,7 +214,7 @@ def _caption_flags(caption: bytes) -> int:
         return 16
 
 
-def _hash(content: Buffer) -> int:
+def _hash(content: bytes) -> int:
     """64 bits; equal ones among a billion images are the same image, but for one chance in 40."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,9 +31,12 @@ from fastclip.data.dali_rows import DaliRows
 from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import Encoded, ImageDecoder, build_decoder
 from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards, index_sources
-from fastclip.data.plan import Mixture, Plan, mix
+from fastclip.data.plan import WINDOW, Mixture, Plan, mix
 from fastclip.data.quarantine import Balance, Quarantine
 from fastclip.data.reader import Members, caption_id, sentences
+from fastclip.data.remote import configure, shown, stop_with
+from fastclip.data.remote_files import RemoteFile
+from fastclip.data.shard_cache import Prefetcher
 from fastclip.data.transforms import Box, random_crop
 from fastclip.tokenizer import Tokenizer
 from fastclip.tokenizer.packing import PackedTokens
@@ -81,9 +85,9 @@ class TrainLoader:
         wait_seconds: time the consumer has spent waiting for batches.
 
     Raises:
-        FileNotFoundError, ValueError: see `index_shards`; or the usable samples do not fill one
-            global batch.
-        ImportError: see `build_decoder`.
+        FileNotFoundError, OSError, ValueError: see `index_shards`; or the usable samples do not
+            fill one global batch.
+        ImportError: see `build_decoder` and `index_shards`.
     """
 
     def __init__(
@@ -117,6 +121,12 @@ class TrainLoader:
         needs = {CAPTION_EXTENSION if config.caption_key == "txt" else METADATA_EXTENSION}
         if config.positives == "label":
             needs.add(METADATA_EXTENSION)
+        configure(
+            config.cache_dir,
+            config.cache_gigabytes,
+            config.remote_retries,
+            config.remote_timeout_seconds,
+        )
         self._decoder = _decoder(config)
         self._dali: DaliRows | None = None
         if config.decoder == "dali":
@@ -133,15 +143,21 @@ class TrainLoader:
         if self.global_batch_size > len(self.index):
             raise ValueError(
                 f"a global batch of {self.global_batch_size} pairs is more than the "
-                f"{len(self.index)} usable ones in {config.train}, so that pairs would be their "
-                "own negatives: set a smaller batch or give more shards"
+                f"{len(self.index)} usable ones in {shown(config.train)}, so that pairs would be "
+                "their own negatives: set a smaller batch or give more shards"
             )
         self._quarantine = Quarantine(quarantine)
         self._balance = Balance(len(self.index), batch_size, rank, world_size)
         self._position = 0
         self._scheduled = 0
         self._queue: deque[Future[_Built]] = deque()
-        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="fastclip-loader")
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(
+            config.workers, "fastclip-loader", initializer=stop_with, initargs=(self._stop,)
+        )
+        self._ahead: Prefetcher | None = None
+        if any(isinstance(shard, RemoteFile) for shard in self.index.shards):
+            self._ahead = Prefetcher(self.index.shards, self._stop)
         self._closed = False
 
     @property
@@ -165,6 +181,9 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("the loader is closed")
+        if self._ahead is not None:
+            soon = self._scheduled + self.global_batch_size + WINDOW
+            self._ahead(self._plan.shards(self._scheduled, soon))
         while len(self._queue) < self.config.prefetch_batches:
             first = self._scheduled + self.rank * self.batch_size
             # The plan's caches belong to this thread.
@@ -229,7 +248,10 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads; batches under way are thrown away."""
         self._closed = True
+        self._stop.set()
         self._queue.clear()
+        if self._ahead is not None:
+            self._ahead.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._dali is not None:
             self._dali.close()

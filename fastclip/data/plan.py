@@ -7,6 +7,7 @@ stream says everything there is to know about where training stands.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 
 import numpy as np
@@ -69,6 +70,19 @@ class Plan:
         epoch, place = divmod(position, self.count)
         return epoch, int(self._window(epoch, place // self.window)[place % self.window])
 
+    def shards(self, begin: int, end: int) -> list[int]:
+        """Numbers of the shards that the windows hold in which places `begin` to `end` lie, in the
+        order in which they come."""
+        found: dict[int, None] = {}
+        for epoch in range(begin // self.count, (end - 1) // self.count + 1):
+            order, ends = self._epoch(epoch)
+            first = max(begin - epoch * self.count, 0) // self.window * self.window
+            last = -(-min(end - epoch * self.count, self.count) // self.window) * self.window
+            span = np.searchsorted(ends, [first, min(last, self.count) - 1], side="right")
+            numbers = order[span[0] : span[1] + 1]
+            found |= dict.fromkeys(numbers[self._sizes[numbers] > 0].tolist())
+        return list(found)
+
     def _window(self, epoch: int, number: int) -> NDArray[np.int64]:
         """Sample numbers of one window, in the epoch's order."""
         cached = self._windows.get((epoch, number))
@@ -116,6 +130,7 @@ class Mixture:
         self.count = sum(map(sum, sources))
         self._plans = [Plan(sizes, mix(seed, 8, number)) for number, sizes in enumerate(sources)]
         self._firsts = np.cumsum([0, *(plan.count for plan in self._plans)]).tolist()
+        self._first_shards = np.cumsum([0, *map(len, sources)]).tolist()
         self._weights = weights
         self._owners = np.repeat(np.arange(len(weights)), weights)
         self._round: tuple[int, NDArray[np.int64]] = (-1, self._owners)
@@ -131,3 +146,15 @@ class Mixture:
         before = int((owners[:place] == source).sum())
         epoch, number = self._plans[source](turn * self._weights[source] + before)
         return epoch, self._firsts[source] + number
+
+    def shards(self, begin: int, end: int) -> list[int]:
+        """As `Plan.shards`, over all sources' shards, each source's next ones in turn."""
+        turns = begin // len(self._owners), -(-end // len(self._owners))
+        lists = [
+            [first + shard for shard in plan.shards(turns[0] * weight, turns[1] * weight)]
+            for plan, weight, first in zip(
+                self._plans, self._weights, self._first_shards, strict=False
+            )
+        ]
+        rows = itertools.zip_longest(*lists)
+        return [shard for row in rows for shard in row if shard is not None]

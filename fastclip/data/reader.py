@@ -26,8 +26,7 @@ class Members:
 
     def __init__(self, sample: Sample) -> None:
         places = (sample.image, sample.caption, sample.metadata)
-        self.image, caption, metadata = FILES.read(sample.shard, places)
-        self._caption, self._metadata = bytes(caption), bytes(metadata)
+        self.image, self._caption, self._metadata = FILES.read(sample.shard, places)
 
     def metadata(self) -> dict[str, Any]:
         """The json member; {} when there is none."""

@@ -6,31 +6,61 @@ import glob
 import re
 from pathlib import Path
 
+from fastclip.data.remote import shown
+from fastclip.data.remote_files import RemoteFile, Shard, find_remote
+
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def expand_shards(pattern: str) -> list[Path]:
-    """Tar files meant by `pattern`, in sorted order without repetition.
+def expand_shards(pattern: str) -> list[Shard]:
+    """Tar files meant by `pattern`, in sorted order without repetition, local ones first.
 
     Args:
         pattern: a folder (all ``*.tar`` in it), a file, a glob, numbers in braces
-            (``{00000..00042}``), or several of these separated by ``::``.
+            (``{00000..00042}``), or several of these separated by ``::``. Each may be an address
+            that fsspec knows (``s3://bucket/folder``); http has files alone, by name or number.
 
     Raises:
         FileNotFoundError: a part matches nothing, or a file of a numbered range is not there.
-        ValueError: it is empty, or names something that is not a local file.
+        ImportError, ValueError: it is empty, or cannot be asked for; see `find_remote`.
+        OSError: another machine does not answer as it should.
     """
     if not pattern:
         raise ValueError("no shards given: name a folder or pattern, e.g. --data '/data/*.tar'")
-    found: list[Path] = []
+    found: list[Shard] = []
     for part in pattern.split("::"):
         if not part:  # it would mean the current folder
-            raise ValueError(f"{pattern}: one of the parts between :: is empty")
-        if "://" in part or part.startswith("pipe:"):
-            raise ValueError(f"{part}: only local files can be read; copy the shards here first")
+            raise ValueError(f"{shown(pattern)}: one of the parts between :: is empty")
+        if part.startswith("pipe:"):
+            raise ValueError(
+                f"{part.split()[0]} …: commands from settings are not run; give the address itself "
+                "(s3://, gs://, https:// or another that fsspec knows)"
+            )
+        part = part.removeprefix("file://")
+        if "://" in part:
+            found += find_remote(_expand_braces(part))
+            continue
         for name in _expand_braces(part):
-            found.extend(_match(name, part))
-    return sorted(set(found))
+            found += _match(name, part)
+    # Of two kinds, which cannot be compared with each other.
+    return sorted(set(found), key=lambda shard: (isinstance(shard, RemoteFile), shard))
+
+
+def local_shards(pattern: str) -> list[Path]:
+    """As `expand_shards`, for what reads or writes beside the shards.
+
+    Raises:
+        ValueError: some are on other machines.
+    """
+    local: list[Path] = []
+    for shard in expand_shards(pattern):
+        if isinstance(shard, RemoteFile):
+            raise ValueError(
+                f"{shard}: this works on local files alone: run it where the shards lie, or copy "
+                "them here first"
+            )
+        local.append(shard)
+    return local
 
 
 def _match(name: str, part: str) -> list[Path]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards
+from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
 from fastclip.models.clip import Clip
@@ -107,7 +108,9 @@ def retrieval(
     texts = all_gather_rows(own_texts, sizes)
     flat = [caption for part in all_captions for caption in part]
     if not flat:
-        raise ValueError(f"retrieval task {task.name}: no pair of {task.shards} could be read")
+        raise ValueError(
+            f"retrieval task {task.name}: no pair of {shown(task.shards)} could be read"
+        )
 
     # A text's group is its place among the different captions, first come first.
     places: dict[str, int] = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastclip.data.batch import Batch
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import METADATA_EXTENSION, index_shards
+from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.prompts import check_templates, fill, imagenet_templates
@@ -185,7 +186,7 @@ def zero_shot(
     ):
         features = model(images=batch.images.to(runtime.device)).image_features
         try:
-            target = classes.index(batch, task.shards)
+            target = classes.index(batch, shown(task.shards))
         except ValueError as error:
             problem = problem or error  # told after the loop: other ranks still wait for this one
             continue
@@ -200,7 +201,9 @@ def zero_shot(
             raise failed
     total = sum(count[2] for count in counts)
     if total == 0:
-        raise ValueError(f"zero-shot task {task.name}: no image of {task.shards} could be read")
+        raise ValueError(
+            f"zero-shot task {task.name}: no image of {shown(task.shards)} could be read"
+        )
     return {
         "top1": sum(count[0] for count in counts) / total,
         "top5": sum(count[1] for count in counts) / total,

@@ -17,6 +17,7 @@ import pytest
 from fastclip.data import balance as balance_module
 from fastclip.data.balance import balance
 from fastclip.data.curator import Curator, draw, pair_identity
+from fastclip.data.rewriting import alone
 from shards import picture, write_tar
 
 Pair = tuple[str, dict[str, bytes]]
@@ -360,7 +361,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     shards = write_input(tmp_path / "in", make_pairs(10), 10)
     first = balance(str(shards), QUERIES, tmp_path / "out")
     job = balance_module.Job(QUERIES, 20_000, 0, "txt", tmp_path / "out")
-    with balance_module._alone(job), pytest.raises(ValueError, match="another process"):
+    with alone(job.work, job.out, "balancing"), pytest.raises(ValueError, match="another process"):
         balance(str(shards), QUERIES, tmp_path / "out")
     assert balance(str(shards), QUERIES, tmp_path / "out") == first
 

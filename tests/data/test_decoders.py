@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastclip.data import decoders
-from fastclip.data.decode import BadSampleError, Buffer
+from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import NativeDecoder, PillowDecoder, build_decoder
 from fastclip.data.transforms import Box, centre_crop, random_crop
 
@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def pixels(
-    decoder: NativeDecoder | PillowDecoder, content: Buffer, size: int, box: Box | None = None
+    decoder: NativeDecoder | PillowDecoder, content: bytes, size: int, box: Box | None = None
 ) -> NDArray[np.uint8]:
     image = decoder.open(content)
     out = np.full((size, size, 3), 77, dtype=np.uint8)
@@ -157,7 +157,6 @@ def test_every_format_has_pillows_pixels(name: str) -> None:
             box = random_crop(*image.size, (0.5, 1.0), 0, 0, number)
             expected = pixels(pillow, content, size, box)
             assert np.array_equal(pixels(native, content, size, box), expected)
-            assert np.array_equal(pixels(native, memoryview(content), size, box), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -133,3 +133,30 @@ def test_mixtures_have_random_access() -> None:
     assert [Mixture(SOURCES, (3, 1, 2), seed=5)(p) for p in range(500)] != expected
     with pytest.raises(ValueError, match="3 sources need as many"):
         Mixture(SOURCES, (1, 2), seed=0)
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 0, 9, 4, 1, 7, 2], [2] * 40])
+def test_the_plan_knows_which_shards_come(sizes: list[int]) -> None:
+    plan = Plan(sizes, seed=3, window=6)
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    total = len(shard_of)
+    for begin in range(0, 2 * total, 5):
+        for end in (begin + 1, begin + 6, begin + total):
+            places = set()
+            for place in range(begin, end):  # the whole windows of these places
+                epoch, within = divmod(place, total)
+                first = epoch * total + within // 6 * 6
+                places |= set(range(first, min(first + 6, (epoch + 1) * total)))
+            expected = {shard_of[plan(place)[1]] for place in places}
+            assert set(plan.shards(begin, end)) == expected
+            assert len(plan.shards(begin, end)) == len(expected)
+
+
+def test_the_mixture_knows_which_shards_come() -> None:
+    sources = [[4, 4, 4], [3, 3], [9]]
+    mixture = Mixture(sources, (3, 1, 2), seed=1)
+    shard_of = [n for n, size in enumerate([4, 4, 4, 3, 3, 9]) for _ in range(size)]
+    for begin in range(0, 60, 7):
+        needed = {shard_of[mixture(place)[1]] for place in range(begin, begin + 5)}
+        assert needed <= set(mixture.shards(begin, begin + 5)) <= set(range(6))
+    assert mixture.shards(0, 6)[:3] != sorted(mixture.shards(0, 6))[:3]  # one of each in turn

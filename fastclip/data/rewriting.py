@@ -1,0 +1,68 @@
+"""What rewriting shards into another folder needs: one run at a time, whole files, safe names."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO
+
+from fastclip.data.decode import BadSampleError
+
+
+@contextmanager
+def alone(work: Path, out: Path, doing: str) -> Iterator[None]:
+    """Hold the lock in the folder `work` of the output `out`.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with (work / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is {doing} into {out}: wait for it") from None
+        yield
+
+
+def end_with_parent() -> None:
+    """Let this worker process end when the one that started it does.
+
+    A killed parent's lock is free: the next run must not meet its workers at their files.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file that is there when it is complete, and not before."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+def is_unsafe(key: str) -> bool:
+    """Whether files of that name would leave the folder they are unpacked in, or end before it."""
+    return key.startswith("/") or ".." in key.split("/") or "\0" in key
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """A shard that cannot be read is no fault of its pairs': the run stops, and can go on later."""
+    try:
+        yield
+    except BadSampleError as error:
+        raise ValueError(str(error)) from None
