@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from collections import Counter
@@ -23,7 +24,8 @@ TOKENIZER = Tokenizer(context_length=32)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves files; each of a path's `faults` spoils one of its downloads."""
+    """Serves files; each of a path's `faults` spoils one of its downloads, "always 503" every one,
+    "never 503" also what is asked about it."""
 
     daemon_threads = True
 
@@ -56,23 +58,21 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        fault = ""
-        if body:
-            self.server.asked[path] += 1
-            faults = self.server.faults.get(path, [])
-            fault = (
-                (faults[0] if faults[0].startswith("always") else faults.pop(0)) if faults else ""
-            )
-        if "503" in fault:
-            self.send_error(503)
+        fault, faults = "", self.server.faults.get(path, [])
+        self.server.asked[path] += body
+        if faults and (body or faults[0].startswith("never")):
+            fault = faults[0] if faults[0].startswith(("always", "never")) else faults.pop(0)
+        if status := re.search(r"\d+", fault):
+            self.send_error(int(status[0]))
             return
-        sent = content[: len(content) // 2] if fault else content
+        sent = content[: len(content) // 2] if fault and fault != "slow" else content
         self.send_response(200)
         self.send_header("Content-Length", str(len(sent if fault == "short" else content)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.end_headers()
-        if body:
-            self.wfile.write(sent)
+        for begin in range(0, len(sent) if body else 0, len(sent) // 8 or 1):
+            self.wfile.write(sent[begin : begin + (len(sent) // 8 or 1)])
+            time.sleep(0.06 if fault == "slow" else 0)
         if fault == "hang":
             self.wfile.flush()
             self.server.stalled.set()
@@ -97,13 +97,13 @@ def remember(folder: Path) -> str:
 
 def make_loader(train: str, cache: Path, **options: Any) -> TrainLoader:
     """Of one rank, with batches of six."""
-    quarantine = options.pop("quarantine", None)
+    quarantine, batch_size = options.pop("quarantine", None), options.pop("batch_size", 6)
     settings = {"remote_retries": 3, "remote_timeout_seconds": 5.0, "max_bad_fraction": 1.0}
     return TrainLoader(
         DataConfig(train=train, cache_dir=str(cache), **(settings | options)),
         image_size=24,
         tokenizer=TOKENIZER,
-        batch_size=6,
+        batch_size=batch_size,
         rank=0,
         world_size=1,
         seed=0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fastclip.data import remote
+from fastclip.data import remote, storage
 from fastclip.data.indexing import build_index
 from fastclip.data.remote import configure
 from remote_shards import Server
@@ -48,6 +48,7 @@ def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache of the test's own, and short pauses."""
     monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(remote, "_settings", None)
+    storage.FILES._open.clear()
     configure(str(cache), 1, 3, 5)
     yield
     MemoryFileSystem.store.clear()

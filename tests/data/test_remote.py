@@ -24,7 +24,7 @@ from fastclip.data.decode import BadSampleError
 from fastclip.data.index import index_shards
 from fastclip.data.indexing import build_index
 from fastclip.data.reader import Members
-from fastclip.data.remote import RemoteError, configure, shown
+from fastclip.data.remote import RemoteError, configure, persistently, shown
 from fastclip.data.shards import expand_shards
 from remote_shards import Server, copies, files, make_loader, remember, serve, stream
 
@@ -144,6 +144,34 @@ def test_what_fails_is_tried_again(
     assert copies(cache, "*/*.coming") == []
 
 
+def test_slow_is_not_stuck(
+    server: Server, indexed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes slowly may take longer than the limit, and than aiohttp's for a whole file."""
+    import aiohttp
+    from fsspec.implementations.http import HTTPFileSystem
+
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    HTTPFileSystem.clear_instance_cache()
+    serve(server, indexed)
+    configure(str(cache), 1, 0, 0.3)
+    server.faults["/00000.tar"] = ["slow"]
+    (file,) = files(f"{server.url}/00000.tar")
+    assert shard_cache.fetch(file).read_bytes() == server.files["/00000.tar"]
+    HTTPFileSystem.clear_instance_cache()
+
+
+@pytest.mark.timeout(60)
+def test_a_start_that_fails_does_not_wait_for_what_hangs(
+    server: Server, local: Path, cache: Path
+) -> None:
+    address = serve(server, local)
+    server.faults |= {"/00000.tar": ["always 403"], "/00001.tar": ["hang"]}
+    configure(str(cache), 1, 0, 1000)
+    with pytest.raises(RemoteError, match=r"00000\.tar: .*403"):
+        index_shards(address)
+
+
 def test_a_file_that_is_refused_is_not_asked_for_again(server: Server) -> None:
     begin = len(server.asked)
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -160,10 +188,37 @@ def test_a_file_that_is_refused_is_not_asked_for_again(server: Server) -> None:
 def test_a_server_that_fails_is_not_taken_for_one_without_the_index(server: Server) -> None:
     """Looking through a shard whose index is there would be slow, and nobody would know why."""
     server.files |= {"/0.tar": b"x", "/0.fcidx": b"x"}
-    server.faults["/0.fcidx"] = ["always 503"]
-    with pytest.raises(RemoteError, match=r"/0\.fcidx: .*503"):
-        index_shards(f"{server.url}/0.tar")
-    assert server.asked["/0.fcidx"] == 4
+    for fault in ("always 503", "never 503"):
+        server.asked.clear()
+        server.faults["/0.fcidx"] = [fault]
+        with pytest.raises(RemoteError, match=r"/0\.fcidx: .*503"):
+            index_shards(f"{server.url}/0.tar")
+        assert server.asked["/0.fcidx"] == 4
+
+
+def test_an_index_that_may_not_be_read_is_as_good_as_none(server: Server, local: Path) -> None:
+    """So S3 answers about what is not there, if one may read but not list."""
+    serve(server, local)
+    server.files["/00000.fcidx"] = b"x"
+    server.faults["/00000.fcidx"] = ["never 403"]
+    assert len(index_shards(f"{server.url}/00000.tar")) == 8
+    assert server.asked["/00000.fcidx"] == 1  # no retries
+
+
+def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(remote, "pause", pauses.append)
+    configure("", 1, 8, 60)
+
+    def fail() -> None:
+        raise ConnectionResetError("it went away")
+
+    with pytest.raises(RemoteError, match="memory://a: ConnectionResetError: it went away"):
+        persistently("memory://a", fail)
+    assert len(pauses) == 8
+    for number, seconds in enumerate(pauses):
+        assert 0.5 <= seconds / min(2**number, 30) <= 1
 
 
 def test_a_shard_that_cannot_be_had_costs_its_samples_and_not_a_try_for_each(
@@ -235,7 +290,9 @@ def test_secrets_are_not_shown(
         shard = loader.index.shards[1]
     assert str(shard) == repr(shard) == f"{server.url}/00001.tar"
     assert shard.name == "00001.tar"
-    texts = [caplog.text, path.read_text(), *_messages(server, addresses[0])]
+    with pytest.raises(ValueError, match="more than the 8 usable ones") as few:
+        make_loader(addresses[0], cache, batch_size=9)
+    texts = [caplog.text, path.read_text(), str(few.value), *_messages(server, addresses[0])]
     for text in texts:
         assert "00001.tar" in text or "0000" in text
         assert "s3cr3t" not in text

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -18,12 +20,24 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastclip.data import loader as loader_module
 from fastclip.data import plan as plan_module
 from fastclip.data import remote, shard_cache, storage
+from fastclip.data.batch import Batch
+from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
 from fastclip.data.reader import Members
 from fastclip.data.remote import configure
 from fastclip.data.remote_files import RemoteFile
 from fastclip.data.shards import expand_shards
-from remote_shards import Server, copies, files, make_loader, remember, serve, stream, wait_until
+from remote_shards import (
+    TOKENIZER,
+    Server,
+    copies,
+    files,
+    make_loader,
+    remember,
+    serve,
+    stream,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -74,12 +88,13 @@ def test_copies_make_room_where_the_disk_is_small(
     indexed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = files(remember(indexed))
-    shard_cache.fetch(shards[0])
-    shard_cache.fetch(shards[1])
+    for time, shard in enumerate(shards[:2]):
+        os.utime(shard_cache.fetch(shard), (time, time))
+    shard_cache.fetch(shards[0])  # which makes it the one used last
     free = SimpleNamespace(free=shards[2].size - 1)
     monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda path: free)
     shard_cache.fetch(shards[2])
-    assert copies(cache) == ["00001.tar", "00002.tar"]
+    assert copies(cache) == ["00000.tar", "00002.tar"]
 
 
 def test_a_full_disk_and_a_cache_too_small_say_what_to_do(
@@ -256,6 +271,32 @@ def test_a_loader_that_is_closed_does_not_wait_for_what_hangs(
     assert waiting.exception() is not None
     assert not [t for t in threading.enumerate() if t.name.startswith("fastclip-prefetch")]
     assert copies(cache, "*/*.coming") == []
+
+
+@pytest.mark.timeout(60)
+def test_an_evaluation_that_is_left_does_not_wait_for_what_hangs(
+    server: Server, indexed: Path, cache: Path
+) -> None:
+    index = index_shards(serve(server, indexed))
+    configure(str(cache), 1, 0, 1000)
+    server.faults["/00001.tar"] = ["hang"]
+    batches = eval_batches(index, image_size=24, tokenizer=TOKENIZER, batch_size=8, workers=1)
+    assert next(batches).keys == tuple(f"{n:06d}" for n in range(8))
+    assert server.stalled.wait(60)
+    cast(Generator[Batch, None, None], batches).close()
+
+
+def test_a_forked_child_holds_no_lock(tmp_path: Path) -> None:
+    with shard_cache._locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with shard_cache._locked(tmp_path / "lock", wait=False) as lock:
+            assert lock is not None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_where_copies_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
