@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("fastclip: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTCLIP_TRACEBACK"):
             raise

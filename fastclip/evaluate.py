@@ -83,6 +83,7 @@ def evaluate(
     Works alone or under a launcher. Overrides change the run's config (``eval.batch_size=512``).
     """
     config = apply_overrides(load_config(run_folder(path) / "config.json"), overrides)
+    config.data.configure_remote()
     runtime = initialise(device)
     try:
         model, _ = load_trained(path)
@@ -92,6 +93,7 @@ def evaluate(
             config.eval,
             image_size=config.model.vision.image_size,
             runtime=runtime,
+            apply_orientation=config.data.apply_orientation,
         )
         return metrics, runtime.is_main
     finally:
@@ -138,6 +140,7 @@ def _search(
             batch_size=config.eval.batch_size,
             workers=config.eval.workers,
             caption_key=None,
+            apply_orientation=config.data.apply_orientation,
         ):
             features.append(model(images=batch.images).image_features)
             targets.append(classes.index(batch, shown(task.shards)))

@@ -87,6 +87,7 @@ class Run:
             device=runtime.device,
             quarantine=self.directory / f"quarantine-{runtime.rank:05d}.jsonl",
         )
+        check_agreement(self.loader.identity, self.loader.samples_per_epoch, runtime)
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
         learning_rate_at(
             0, config.optim, self.total_steps
@@ -263,6 +264,7 @@ def check_settings(config: TrainConfig, runtime: Runtime) -> int:
             of ranks, the device, or what is installed.
     """
     batch_size = per_rank_batch_size(config, runtime.world_size)
+    config.data.configure_remote()
     expand_shards(config.data.train)
     config.loss.check(config.model)
     if config.run.steps is not None:
@@ -274,6 +276,22 @@ def check_settings(config: TrainConfig, runtime: Runtime) -> int:
         )
     check_engine(config.engine, config.optim, runtime)
     return batch_size
+
+
+def check_agreement(identity: str, samples: int, runtime: Runtime) -> None:
+    """Refuse ranks that see different data: samples would be repeated, and others never seen.
+
+    Raises:
+        ValueError: their shards differ.
+    """
+    halves = [int(identity[:8], 16), int(identity[8:], 16)]
+    seen = all_gather_integers([*halves, samples], runtime.device)
+    for rank, (*other, count) in enumerate(seen):
+        if other != halves:
+            raise ValueError(
+                f"rank {rank} finds other data than rank {runtime.rank} ({count:,} and {samples:,} "
+                "usable pairs): the shards of all machines have to be the same files"
+            )
 
 
 def _loader_config(config: TrainConfig) -> DataConfig:

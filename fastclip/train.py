@@ -121,6 +121,7 @@ def _evaluate(run: Run) -> dict[str, float]:
             run.config.eval,
             image_size=run.config.model.vision.image_size,
             runtime=run.runtime,
+            apply_orientation=run.config.data.apply_orientation,
         )
     run.log.evaluation(run.step, metrics)
     if run.runtime.is_main:

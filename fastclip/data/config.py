@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastclip.data.decode import MAX_PIXELS
+from fastclip.data.decode import MAX_PIXELS, check_max_pixels
+from fastclip.data.remote import configure
 
 Decoder = Literal["auto", "native", "pillow", "dali"]
 
@@ -79,7 +80,8 @@ class DataConfig:
     numbers of them."""
 
     apply_orientation: bool = False
-    """Turn images as their EXIF data says; open_clip and most others do not."""
+    """Turn images as their EXIF data says; open_clip and most others do not. (Turned ones have
+    Pillow's pixels to within 3 of 255.)"""
 
     max_pixels: int = MAX_PIXELS
     """Larger images count as bad samples."""
@@ -87,10 +89,20 @@ class DataConfig:
     max_bad_fraction: float = 0.1
     """Stop with an error when more than this share of the samples seen cannot be used."""
 
+    def configure_remote(self) -> None:
+        """Let this process fetch and keep remote shards as these settings say."""
+        configure(
+            self.cache_dir,
+            self.cache_gigabytes,
+            self.remote_retries,
+            self.remote_timeout_seconds,
+        )
+
     def __post_init__(self) -> None:
         for name in ("workers", "prefetch_batches", "max_pixels", "pack_to_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is at least 1, not {getattr(self, name)}")
+        check_max_pixels(self.max_pixels)
         for name in ("cache_gigabytes", "remote_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"data.{name} is more than 0, not {getattr(self, name)}")
@@ -109,8 +121,8 @@ class DataConfig:
                 f"in data.train, not {self.weights}"
             )
         low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.crop_scale is a range in (0, 1], not {self.crop_scale}")
+        if not 1e-4 <= low <= high <= 1:
+            raise ValueError(f"data.crop_scale is a range in [0.0001, 1], not {self.crop_scale}")
         if self.caption_key != "txt" and not self.caption_key.removeprefix("json:"):
             raise ValueError("data.caption_key=json: lacks the field's name: json:caption")
         if self.caption_key != "txt" and not self.caption_key.startswith("json:"):

@@ -15,6 +15,10 @@ MAX_PIXELS = 178_956_970
 """Largest image decoded: beyond it, a file of a few kilobytes may ask for gigabytes."""
 
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's other readers are for what no shard should hold; EPS's would start a program."""
+
+
 class BadSampleError(Exception):
     """A sample that cannot be used; `kind` groups the reasons for counting."""
 
@@ -22,6 +26,9 @@ class BadSampleError(Exception):
         super().__init__(f"{kind}: {reason}")
         self.kind = kind
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
+        return type(self), (self.kind, self.reason)  # it may come from another process
 
 
 def open_image(
@@ -40,7 +47,7 @@ def open_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except UnidentifiedImageError:
         raise BadSampleError("broken image", "not an image that Pillow knows") from None
     except Image.DecompressionBombError as error:
@@ -54,6 +61,12 @@ def open_image(
         return ImageOps.exif_transpose(image)
     except Exception as error:  # see above
         raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
+
+
+def check_max_pixels(most: int) -> None:
+    """Raises ValueError for a limit that Pillow would not let through."""
+    if not 1 <= most <= MAX_PIXELS:
+        raise ValueError(f"max_pixels is from 1 to {MAX_PIXELS}, Pillow's own limit, not {most}")
 
 
 def check_pixels(width: int, height: int, most: int) -> None:

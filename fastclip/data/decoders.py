@@ -247,7 +247,7 @@ class NativeDecoder:
 
 def _orientation(content: bytes) -> int:
     try:
-        picture = open_image(content, max_pixels=1 << 62)
+        picture = open_image(content)
         number = picture.getexif().get(_ORIENTATION, 1)
     except Exception:  # EXIF's parser raises whatever its parts raise, and Pillow reports it
         return 1

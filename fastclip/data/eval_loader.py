@@ -35,6 +35,7 @@ def eval_batches(
     world_size: int = 1,
     workers: int = 2,
     caption_key: str | None = "txt",
+    apply_orientation: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of the samples, once.
 
@@ -46,9 +47,10 @@ def eval_batches(
         index: from `index_shards`.
         caption_key: as in `DataConfig`; None for images without captions (tokens are then empty
             texts).
+        apply_orientation: as in `DataConfig`.
     """
     bad = Quarantine()
-    decoder = build_decoder("auto")
+    decoder = build_decoder("auto", apply_orientation=apply_orientation)
     share = world_size * batch_size
     firsts = range(rank * batch_size, -(-len(index) // share) * share, share)
     stop = threading.Event()

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ __all__ = [
 logger = logging.getLogger("fastclip")
 
 _SHARDS_AT_A_TIME = 32
+_QUICK_SECONDS = 0.0005
+"""To open a shard's index on a disk of this machine, with some to spare."""
 _REMOTE_THREADS = 32
 _TABLES_KEPT = 64
 """Of those that can be read again: more than the shards among which samples are permuted."""
@@ -96,9 +99,15 @@ class _Shard:
                 return load_table(self._place)
             except FileNotFoundError:
                 if not isinstance(self.path, RemoteFile):
-                    raise
+                    return self._walked()  # it was removed meanwhile
         _, self._place = self._find()  # the copy has made room for others
-        return walk(self.path)[1] if self._place is None else load_table(self._place)
+        return self._walked() if self._place is None else load_table(self._place)
+
+    def _walked(self) -> ShardTable:
+        summary, table = walk(self.path)
+        if summary.digest != self.summary.digest:
+            raise ValueError(f"{self.path} is not what it was when the run began")
+        return table
 
     def _find(self) -> tuple[Summary | None, Path | None]:
         """What is known, and the place of the index that says it."""
@@ -108,7 +117,9 @@ class _Shard:
             except ValueError as error:
                 if place is self.path:
                     raise
-                raise ValueError(f"{self.path}: {error}") from None  # which names the copy alone
+                # Some servers answer every request, with a page.
+                logger.warning("the index beside %s is none, and not used: %s", self.path, error)
+                continue
             if summary is not None and summary.tar_bytes == size_of(self.path):
                 return summary, place
             self.stale = self.stale or summary is not None
@@ -152,6 +163,12 @@ class ShardIndex:
         a, b, c, d, e, f = table.places[row].tolist()
         extension = IMAGE_EXTENSIONS[table.extensions[row]]
         return Sample(self.shards[shard], table.keys[row], (a, b), (c, d), (e, f), extension)
+
+    def stub(self, number: int) -> Sample:
+        """What may be said of a sample without its shard's table: the shard."""
+        shard = self.shards[bisect.bisect_right(self._ends, number)]
+        nowhere = (-1, 0)
+        return Sample(shard, f"sample {number}", nowhere, nowhere, nowhere, "")
 
     def source_sizes(self) -> list[list[int]]:
         """`sizes`, source by source."""
@@ -226,13 +243,14 @@ def _open_all(shards: list[Shard]) -> list[_Shard]:
     """In a few threads, for disks that answer slowly, each with many shards at a time."""
     remote = any(isinstance(shard, RemoteFile) for shard in shards)
     length = 1 if remote else _SHARDS_AT_A_TIME
-    parts = [shards[first : first + length] for first in range(0, len(shards), length)]
+    found = [] if remote else _open_quick_ones(shards)
+    parts = [shards[first : first + length] for first in range(len(found), len(shards), length)]
     stop = threading.Event()
     workers = _REMOTE_THREADS if remote else 8
     with ThreadPoolExecutor(workers, initializer=stop_with, initargs=(stop,)) as pool:
         try:
             opened = pool.map(lambda part: [_Shard(path) for path in part], parts)
-            found = [shard for part in opened for shard in part]
+            found += [shard for part in opened for shard in part]
             unknown = [shard for shard in found if shard.known is None]
             if remote and unknown:
                 logger.info("fetching and looking through %d shard(s) without index", len(unknown))
@@ -241,6 +259,19 @@ def _open_all(shards: list[Shard]) -> list[_Shard]:
         finally:  # one that fails, or an interrupt, need not wait for the others
             stop.set()
     return found
+
+
+def _open_quick_ones(shards: list[Shard]) -> list[_Shard]:
+    """All whose disk answers at once, for which threads would wait for each other more than for it;
+    the first of them where it does not."""
+    opened: list[_Shard] = []
+    begin = time.perf_counter()
+    for shard in shards:
+        opened.append(_Shard(shard))
+        few = len(opened) < _SHARDS_AT_A_TIME
+        if not few and time.perf_counter() - begin > _QUICK_SECONDS * len(opened):
+            break
+    return opened
 
 
 def index_shards(pattern: str, *, needs: tuple[str, ...] = (CAPTION_EXTENSION,)) -> ShardIndex:

@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastclip.data.decode import MAX_PIXELS, BadSampleError, open_image
+from fastclip.data.decode import MAX_PIXELS, BadSampleError, check_max_pixels, open_image
+from fastclip.data.rewriting import end_with_parent
 from fastclip.data.shard_table import (
     IMAGE_EXTENSIONS,
     Problem,
     ShardTable,
     Summary,
+    beside,
     index_path,
     load_summary,
     load_table,
@@ -51,6 +53,16 @@ FLAGS = {
 }
 """Bits of an index's column ``flags``. Such samples keep their place; a run replaces them."""
 
+_COLUMNS: dict[str, type[np.unsignedinteger[Any]]] = {
+    "widths": np.uint32,
+    "heights": np.uint32,
+    "codecs": np.uint8,
+    "orientations": np.uint8,
+    "flags": np.uint16,
+    "caption_bytes": np.uint32,
+    "image_hashes": np.uint64,
+    "caption_hashes": np.uint64,
+}
 _ORIENTATION = 0x0112
 _ENDINGS = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 
@@ -105,7 +117,7 @@ def build_index(
     """Index the shards meant by `pattern`; those whose index is of this very file are left alone.
 
     Args:
-        max_pixels: larger images are reported.
+        max_pixels: larger images are reported as oversized.
         workers: processes; None: one for each processor. 0 works in this one.
         anew: index all again.
 
@@ -113,22 +125,26 @@ def build_index(
         FileNotFoundError, ValueError: see `local_shards`; or a shard changes meanwhile.
         OSError: a shard cannot be read, or its folder not be written to.
     """
+    check_max_pixels(max_pixels)
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is at least 0, not {workers}")
     shards = local_shards(pattern)
     FILES.forget(shards)
     todo = [shard for shard in shards if anew or not _is_current(shard)]
     logger.info("%d shard(s), %d to be looked through", len(shards), len(todo))
     with _pool(workers, len(todo)) as pool:
-        for number, _ in enumerate(pool.map(_index_shard, todo, [max_pixels] * len(todo)), 1):
+        for number, _ in enumerate(pool.map(_index_shard, todo), 1):
             if number % max(len(todo) // 20, 1) == 0:
                 logger.info("%d of %d", number, len(todo))
-    return summarise_index(shards)
+    return summarise_index(shards, max_pixels)
 
 
 def _pool(workers: int | None, shards: int) -> Executor:
     wanted = min(os.cpu_count() or 1 if workers is None else workers, shards)
     if wanted <= 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(wanted, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(wanted, context, initializer=end_with_parent)
 
 
 def _is_current(shard: Path) -> bool:
@@ -146,10 +162,10 @@ def _is_current(shard: Path) -> bool:
     )
 
 
-def _index_shard(shard: Path, max_pixels: int) -> None:
+def _index_shard(shard: Path) -> None:
     before = shard.stat()
     summary, table = scan_shard(shard)
-    table.columns.update(_look_through(shard, table, max_pixels))
+    table.columns.update(_look_through(shard, table))
     after = shard.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"{shard} has changed while it was indexed: run this again")
@@ -157,38 +173,31 @@ def _index_shard(shard: Path, max_pixels: int) -> None:
     save_table(shard, summary, table)
 
 
-def _look_through(shard: Path, table: ShardTable, max_pixels: int) -> dict[str, NDArray[Any]]:
+def _look_through(shard: Path, table: ShardTable) -> dict[str, NDArray[Any]]:
     """The columns that only the samples' bytes can tell."""
     rows = []
     for a, b, c, d, _, _ in table.places.tolist():
-        image, caption, _ = FILES.read(shard, ((a, b), (c, d), (-1, 0)))
-        width, height, codec, orientation, flags = _look(image, max_pixels)
+        try:
+            image, caption, _ = FILES.read(shard, ((a, b), (c, d), (-1, 0)))
+        except BadSampleError as error:
+            raise ValueError(f"{error}: run this again") from None
+        width, height, codec, orientation, flags = _look(image)
         if c >= 0:
             flags |= _caption_flags(caption)
         rows.append(
             (width, height, codec, orientation, flags, len(caption), _hash(image), _hash(caption))
         )
-    kinds = {
-        "widths": np.uint32,
-        "heights": np.uint32,
-        "codecs": np.uint8,
-        "orientations": np.uint8,
-        "flags": np.uint16,
-        "caption_bytes": np.uint32,
-        "image_hashes": np.uint64,
-        "caption_hashes": np.uint64,
-    }
-    columns = zip(*rows, strict=True) if rows else ([] for _ in kinds)
+    columns = zip(*rows, strict=True) if rows else ([] for _ in _COLUMNS)
     return {
         name: np.array(column, dtype=kind)
-        for (name, kind), column in zip(kinds.items(), columns, strict=True)
+        for (name, kind), column in zip(_COLUMNS.items(), columns, strict=True)
     }
 
 
-def _look(image: bytes, max_pixels: int) -> tuple[int, int, int, int, int]:
+def _look(image: bytes) -> tuple[int, int, int, int, int]:
     """Width, height, codec, orientation, flags; from the header alone."""
     try:
-        picture = open_image(image, max_pixels=1 << 62)
+        picture = open_image(image)
     except BadSampleError as error:
         return 0, 0, 0, 1, 2 if error.kind == "oversized image" else 1
     kind = (picture.format or "").lower()
@@ -199,7 +208,7 @@ def _look(image: bytes, max_pixels: int) -> tuple[int, int, int, int, int]:
     except Exception:  # as its parts raise it; the pixels may be well
         orientation = 1
     orientation = orientation if orientation in range(1, 9) else 1
-    flags = 2 if picture.width * picture.height > max_pixels else 0
+    flags = 0
     # Some cameras write zeros, or their own data, behind the end.
     ending = _ENDINGS.get(kind)
     if ending is not None and ending not in image[-65536:]:
@@ -220,7 +229,7 @@ def _hash(content: bytes) -> int:
 
 
 def _dali_path(shard: Path) -> Path:
-    return shard.with_suffix(".idx")
+    return beside(shard, ".idx")
 
 
 def _write_dali_index(shard: Path, table: ShardTable) -> None:
@@ -242,8 +251,8 @@ def _write_dali_index(shard: Path, table: ShardTable) -> None:
         partial.unlink(missing_ok=True)
 
 
-def summarise_index(shards: list[Path]) -> IndexReport:
-    """Totals over indexed shards.
+def summarise_index(shards: list[Path], max_pixels: int = MAX_PIXELS) -> IndexReport:
+    """Totals over indexed shards; images of more than `max_pixels` are among the problems.
 
     Raises:
         ValueError: a shard has no index, or a damaged one.
@@ -257,7 +266,7 @@ def summarise_index(shards: list[Path]) -> IndexReport:
         report.lost_bytes += summary.lost_bytes
         report.samples += summary.samples
         report.usable.update(summary.usable)
-        report.problems += [*summary.problems, *_flagged(shard, table)]
+        report.problems += [*summary.problems, *_flagged(shard, table, max_pixels)]
         names = np.array(CODECS)[columns["codecs"]]
         report.codecs.update(names.tolist())
         report.turned += int((columns["orientations"] > 1).sum())
@@ -283,11 +292,16 @@ def _tables(shards: list[Path]) -> Iterator[tuple[Path, Summary, ShardTable]]:
         summary = load_summary(shard)
         if summary is None:
             raise ValueError(f"{shard} has no index: {index_path(shard)} is not there")
-        yield shard, summary, load_table(shard)
+        table = load_table(shard)
+        if missing := _COLUMNS.keys() - table.columns.keys():
+            raise ValueError(f"{index_path(shard)} has no {min(missing)}: make it anew with --anew")
+        yield shard, summary, table
 
 
-def _flagged(shard: Path, table: ShardTable) -> list[Problem]:
-    flags, problems = table.columns["flags"], []
+def _flagged(shard: Path, table: ShardTable, max_pixels: int) -> list[Problem]:
+    columns = table.columns
+    oversized = columns["widths"].astype(np.uint64) * columns["heights"] > max_pixels
+    flags, problems = columns["flags"] | np.where(oversized, 2, 0).astype(np.uint16), []
     for number in np.flatnonzero(flags):
         for bit, kind in FLAGS.items():
             if flags[number] & bit:

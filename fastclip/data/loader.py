@@ -30,11 +30,17 @@ from fastclip.data.config import DataConfig
 from fastclip.data.dali_rows import DaliRows
 from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import Encoded, ImageDecoder, build_decoder
-from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards, index_sources
+from fastclip.data.index import (
+    CAPTION_EXTENSION,
+    METADATA_EXTENSION,
+    Sample,
+    index_shards,
+    index_sources,
+)
 from fastclip.data.plan import WINDOW, Mixture, Plan, mix
 from fastclip.data.quarantine import Balance, Quarantine
 from fastclip.data.reader import Members, caption_id, sentences
-from fastclip.data.remote import configure, shown, stop_with
+from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import RemoteFile
 from fastclip.data.shard_cache import Prefetcher
 from fastclip.data.transforms import Box, random_crop
@@ -121,12 +127,7 @@ class TrainLoader:
         needs = {CAPTION_EXTENSION if config.caption_key == "txt" else METADATA_EXTENSION}
         if config.positives == "label":
             needs.add(METADATA_EXTENSION)
-        configure(
-            config.cache_dir,
-            config.cache_gigabytes,
-            config.remote_retries,
-            config.remote_timeout_seconds,
-        )
+        config.configure_remote()
         self._decoder = _decoder(config)
         self._dali: DaliRows | None = None
         if config.decoder == "dali":
@@ -146,6 +147,8 @@ class TrainLoader:
                 f"{len(self.index)} usable ones in {shown(config.train)}, so that pairs would be "
                 "their own negatives: set a smaller batch or give more shards"
             )
+        if isinstance(self._plan, Mixture):
+            self._plan.check(self.global_batch_size, shown(config.train).split("::"))
         self._quarantine = Quarantine(quarantine)
         self._balance = Balance(len(self.index), batch_size, rank, world_size)
         self._position = 0
@@ -205,7 +208,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer stands; plain data, a few dozen bytes, the same on every rank."""
-        return {"seed": self.seed, "position": self._position, "index": self._identity()}
+        return {"seed": self.seed, "position": self._position, "index": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, with any number of ranks, threads and batch size.
@@ -218,11 +221,11 @@ class TrainLoader:
                 f"the checkpoint's data order has seed {state['seed']}, this run has "
                 f"{self.seed}: set run.seed={state['seed']}"
             )
-        if state["index"] != self._identity():
+        if state["index"] != self.identity:
             raise ValueError(
-                "the shards are not those of the checkpoint (other files, samples, sizes or "
-                "data.weights): restore them, or start a new run from the weights with "
-                "run.init_from"
+                "the samples are not those of the checkpoint (other shards, or sizes, or other "
+                "data.weights, data.caption_key or data.positives, which choose them): restore "
+                "them, or start a new run from the weights with run.init_from"
             )
         for future in self._queue:
             future.cancel()
@@ -230,7 +233,9 @@ class TrainLoader:
         self._position = self._scheduled = int(state["position"])
         self._balance.restart(self._position)
 
-    def _identity(self) -> str:
+    @property
+    def identity(self) -> str:
+        """Of the samples and their order, but for the seed: 16 hexadecimal digits."""
         if not self.config.weights:
             return self.index.hash
         mixture = repr((self.index.hash, self.index.sources, self.config.weights))
@@ -323,8 +328,9 @@ class TrainLoader:
         numbers choose; its image in `pixels`, unless it is left to DALI."""
         candidate = number
         for attempt in range(1, _MOST_REPLACEMENTS + 1):
-            sample = self.index[candidate]
+            sample = self.index.stub(candidate)
             try:
+                sample = self._sample(candidate)
                 pair = self._pair(sample.key, Members(sample), epoch, candidate)
                 if defer and self._dali is not None and self._dali.takes(pair.image):
                     pair = dataclasses.replace(pair, decoded=False)
@@ -333,7 +339,8 @@ class TrainLoader:
             except BadSampleError as error:
                 self._quarantine.bad(sample, error)
                 self._check_fraction()
-                candidate = mix(self.seed, epoch, number, 5, attempt) % len(self.index)
+                first, count = self._plan.alike(number)
+                candidate = first + mix(self.seed, epoch, number, 5, attempt) % count
                 continue
             self._quarantine.good()
             return pair, attempt > 1
@@ -341,6 +348,12 @@ class TrainLoader:
             f"{_MOST_REPLACEMENTS} samples in a row cannot be used "
             f"({dict(self._quarantine.counts)}); see the messages above"
         )
+
+    def _sample(self, number: int) -> Sample:
+        try:
+            return self.index[number]
+        except OSError as error:  # its shard has vanished, and the index beside it
+            raise BadSampleError("unreadable", str(error)) from None
 
     def _pair(self, key: str, members: Members, epoch: int, number: int) -> _Pair:
         config = self.config

@@ -69,6 +69,10 @@ def build_queries(
     """
     if wordnet is None and titles is None and not corpus:
         raise ValueError("queries are made from WordNet, a corpus or titles: name one of them")
+    if not math.isfinite(pmi) or abs(pmi) > 1000:
+        raise ValueError(f"pmi is a number of bits, not {pmi}")
+    if caption_key != "txt" and not caption_key.startswith("json:"):
+        raise ValueError(f"caption_key is txt or json:field, not {caption_key!r}")
     if maximum < 1:
         raise ValueError(f"maximum is a positive number of queries, not {maximum}")
     queries = dict.fromkeys(map(str, range(100)))

@@ -7,14 +7,20 @@ stream says everything there is to know about where training stands.
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 16384
 """Samples permuted among each other."""
+
+MOST_WEIGHT = 10_000
+"""Places of a mixture's round."""
 
 _MASK = (1 << 64) - 1
 
@@ -83,6 +89,11 @@ class Plan:
             found |= dict.fromkeys(numbers[self._sizes[numbers] > 0].tolist())
         return list(found)
 
+    def alike(self, number: int) -> tuple[int, int]:
+        """First and number of the samples that may take the place of sample `number`."""
+        del number
+        return 0, self.count
+
     def _window(self, epoch: int, number: int) -> NDArray[np.int64]:
         """Sample numbers of one window, in the epoch's order."""
         cached = self._windows.get((epoch, number))
@@ -131,21 +142,50 @@ class Mixture:
         self._plans = [Plan(sizes, mix(seed, 8, number)) for number, sizes in enumerate(sources)]
         self._firsts = np.cumsum([0, *(plan.count for plan in self._plans)]).tolist()
         self._first_shards = np.cumsum([0, *map(len, sources)]).tolist()
-        self._weights = weights
-        self._owners = np.repeat(np.arange(len(weights)), weights)
-        self._round: tuple[int, NDArray[np.int64]] = (-1, self._owners)
+        divisor = math.gcd(*weights)
+        self._weights = [weight // divisor for weight in weights]
+        if sum(self._weights) > MOST_WEIGHT:
+            raise ValueError(
+                f"the weights {weights} add up to more than {MOST_WEIGHT:,}, which is how exact "
+                "proportions are kept: give smaller ones, near to these"
+            )
+        self._owners = np.repeat(np.arange(len(weights)), self._weights)
+        self._before = np.concatenate([np.arange(weight) for weight in self._weights])
+        self._round: tuple[int, list[int], list[int]] = (-1, [], [])
 
     def __call__(self, position: int) -> tuple[int, int]:
         """(epoch of its source, sample number over all sources) at `position` of the stream."""
         turn, place = divmod(position, len(self._owners))
         if self._round[0] != turn:
-            order = permutation(len(self._owners), self.seed, 9, turn)
-            self._round = (turn, self._owners[order])
-        owners = self._round[1]
-        source = int(owners[place])
-        before = int((owners[:place] == source).sum())
+            owners = self._owners[permutation(len(self._owners), self.seed, 9, turn)]
+            before = np.empty_like(owners)
+            before[np.argsort(owners, kind="stable")] = self._before
+            self._round = (turn, owners.tolist(), before.tolist())
+        _, owners, earlier = self._round
+        source, before = owners[place], earlier[place]
         epoch, number = self._plans[source](turn * self._weights[source] + before)
         return epoch, self._firsts[source] + number
+
+    def alike(self, number: int) -> tuple[int, int]:
+        """First and number of the samples of the source that sample `number` is of."""
+        source = bisect.bisect_right(self._firsts, number) - 1
+        return self._firsts[source], self._plans[source].count
+
+    def check(self, batch: int, names: Sequence[str]) -> None:
+        """Refuse batches for which a source, of these names, is too small.
+
+        Raises:
+            ValueError: some of its samples would be twice in one.
+        """
+        turns = -(-(batch - 1) // len(self._owners)) + 1
+        for name, plan, weight in zip(names, self._plans, self._weights, strict=True):
+            most = min(turns * weight, batch)
+            if most > plan.count:
+                raise ValueError(
+                    f"{name} has {plan.count} usable pairs, and of a global batch of {batch} up to "
+                    f"{most} are its by data.weights, so that pairs would be their own negatives: "
+                    "set a smaller batch or weight"
+                )
 
     def shards(self, begin: int, end: int) -> list[int]:
         """As `Plan.shards`, over all sources' shards, each source's next ones in turn."""

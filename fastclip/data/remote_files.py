@@ -98,7 +98,7 @@ def find_index(shard: RemoteFile, suffix: str) -> RemoteFile | None:
         RemoteError: neither can be learnt.
     """
     base, mark, query = shard.address.partition("?")
-    stem = base[: len(base) - len(Path(shard.name).suffix)]
+    stem = base.removesuffix(".tar")
     try:
         return _look(f"{stem}{suffix}{mark}{query}")
     except RemoteError as error:

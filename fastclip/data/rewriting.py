@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ def end_with_parent() -> None:
 
     A killed parent's lock is free: the next run must not meet its workers at their files.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, who ends this one
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -47,6 +48,9 @@ logger = logging.getLogger("fastclip")
 
 _LOCK = ".lock"
 _COMING = ".coming"
+_FOLDER = re.compile("[0-9a-f]{32}")
+"""Of a copy: `copy_path` makes such names."""
+
 _FAILURE_LASTS = 60.0
 """Seconds for which a file that could not be fetched is not asked for again."""
 
@@ -212,7 +216,9 @@ def _make_room(size: int, partial: Path) -> None:
     with _locked(cache / _LOCK):
         used, found = 0, []
         for folder in os.scandir(cache):
-            for entry in os.scandir(folder) if folder.is_dir() else ():
+            # Whatever else lies there is somebody's.
+            own = _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False)
+            for entry in os.scandir(folder) if own else ():
                 if entry.name == _LOCK:
                     continue
                 path = Path(entry)

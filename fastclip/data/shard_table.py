@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fastclip.data.tar import key_of, members
+from fastclip.data.tar import BLOCK, key_of, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_EXTENSION = "txt"
@@ -43,7 +43,8 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        where = f"{self.shard}: {self.key}" if self.key else self.shard
+        key = self.key if self.key.isprintable() else repr(self.key)  # a key may hold line ends
+        where = f"{self.shard}: {key}" if key else self.shard
         return f"{where}: {self.kind}: {self.reason}"
 
 
@@ -192,7 +193,14 @@ def summarise(
 
 def index_path(shard: Path) -> Path:
     """Where a shard's index lies."""
-    return shard.with_suffix(INDEX_SUFFIX)
+    return beside(shard, INDEX_SUFFIX)
+
+
+def beside(shard: Path, suffix: str) -> Path:
+    """``00000.tar`` with another suffix; of a file of another kind, its name with one more."""
+    if shard.suffix in (".tar", suffix):
+        return shard.with_suffix(suffix)
+    return shard.with_name(shard.name + suffix)
 
 
 def save_table(shard: Path, summary: Summary, table: ShardTable) -> Path:
@@ -229,19 +237,37 @@ def load_summary(shard: Path) -> Summary | None:
             length = int.from_bytes(file.read(8), "little")
             if length > _LONGEST_HEADER:
                 raise ValueError("its header is too long")
-            entry = json.loads(json.loads(file.read(length))["__metadata__"][_ENTRY])
+            header = json.loads(file.read(length))
+            ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
+            if 8 + length + max(ends) != os.fstat(file.fileno()).st_size:
+                raise ValueError("it is cut off")
+        entry = json.loads(header["__metadata__"][_ENTRY])
         if entry.pop("version") != _VERSION:
             return None
-        del entry["shard"]
-        problems = tuple(Problem(**problem) for problem in entry.pop("problems"))
-        return Summary(problems=problems, **entry)
+        if index_path(Path(entry.pop("shard"))).name != path.name:
+            return None  # it was renamed, and may be another's
+        summary = Summary(problems=tuple(Problem(**p) for p in entry.pop("problems")), **entry)
+        _check_summary(summary)
+        return summary
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no index of fastclip ({error}): remove it, or make it anew with fastclip "
             "data index"
         ) from None
+
+
+def _check_summary(summary: Summary) -> None:
+    numbers = [summary.tar_bytes, summary.modified_ns, summary.samples, summary.lost_bytes]
+    usable = [summary.usable[kind] for kind in ("", "txt", "json", "json+txt")]
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*numbers, *usable)):
+        raise ValueError("its counts are no numbers")
+    if max(usable) > summary.samples:
+        raise ValueError("its counts contradict each other")
+    texts = (summary.digest, summary.cut_key, *(t for p in summary.problems for t in astuple(p)))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its texts are none")
 
 
 def load_table(shard: Path) -> ShardTable:
@@ -255,16 +281,37 @@ def load_table(shard: Path) -> ShardTable:
         arrays: Mapping[str, NDArray[Any]] = load_file(path)
         columns = dict(arrays)
         blob = columns.pop("keys").tobytes()
-        ends = columns.pop("key_ends").tolist()
-        places, extensions = columns.pop("places"), columns.pop("extensions")
+        key_ends, places = columns.pop("key_ends"), columns.pop("places")
+        extensions = columns.pop("extensions")
+        _check_columns(len(blob), key_ends, places, extensions)
+        if any(column.shape != key_ends.shape for column in columns.values()):
+            raise ValueError("its columns are of different lengths")
+        ends = key_ends.tolist()
         keys = [
             blob[begin:end].decode("utf-8", "surrogateescape")
             for begin, end in zip([0, *ends], ends, strict=False)
         ]
-        if places.shape != (len(keys), 6) or len(extensions) != len(keys):
-            raise ValueError("its columns are of different lengths")
     except (KeyError, SafetensorError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): make it anew with fastclip data index"
         ) from None
     return ShardTable(keys, places, extensions, columns)
+
+
+def _check_columns(
+    blob: int, ends: NDArray[Any], places: NDArray[Any], extensions: NDArray[Any]
+) -> None:
+    rows = ends.shape[:1]
+    shapes = (rows, (*rows, 6), rows)
+    kinds = (np.int64, np.int64, np.uint8)
+    for column, shape, kind in zip((ends, places, extensions), shapes, kinds, strict=True):
+        if column.dtype != kind or column.shape != shape:
+            raise ValueError("its columns are of other kinds or lengths")
+    steps = np.diff(ends, prepend=0)
+    if (steps < 0).any() or (ends.size and ends[-1] != blob):
+        raise ValueError("its keys overlap")
+    offsets, sizes = places[:, ::2], places[:, 1::2]
+    if not ((offsets == -1) | (offsets >= BLOCK)).all() or (sizes < 0).any():
+        raise ValueError("its places lie outside of a tar")
+    if (extensions >= len(IMAGE_EXTENSIONS)).any():
+        raise ValueError("its extensions are unknown")

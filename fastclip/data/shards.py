@@ -66,16 +66,21 @@ def local_shards(pattern: str) -> list[Path]:
 def _match(name: str, part: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        matches = sorted(path.glob("*.tar"))
+        matches = sorted(match for match in path.glob("*.tar") if match.is_file())
         what = f"the folder {part} holds no *.tar"
     elif path.is_file():
         return [path]
     else:
-        matches = [Path(match) for match in glob.glob(name) if Path(match).is_file()]
+        matches = [Path(match) for match in glob.glob(name) if _is_shard(Path(match))]
         what = f"no file matches {part}" if name == part else f"no file {name} (from {part})"
     if not matches:
         raise FileNotFoundError(what)
     return matches
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether a glob means it: not the indices that lie beside shards."""
+    return path.suffix not in (".fcidx", ".idx") and path.is_file()
 
 
 def _expand_braces(text: str) -> list[str]:

@@ -54,7 +54,7 @@ class ShardFiles:
             file = self._file(shard)
             return read_members(file.descriptor, places)
         except ChangedError as error:
-            raise BadSampleError("unreadable", f"{shard} {error} when indexed") from None
+            raise BadSampleError("unreadable", f"{shard} {error} when it was indexed") from None
         except RemoteError as error:
             raise BadSampleError("unreadable", str(error)) from None
         except OSError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 BLOCK = 512
+_LONGEST_NUMBER = 20  # digits
 SIZE_FIELD = slice(124, 136)
 """Of a header."""
 
@@ -50,7 +51,7 @@ def members(path: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]]
                 continue
             start = offset + BLOCK
             kind = block[156:157]
-            name = long_name or pax.get("path") or _name(block)
+            name = (long_name or pax.get("path") or _name(block)).removeprefix("./")
             if start + size > length:
                 following = _next_header(descriptor, start, length)
                 if following is not None:  # a size that cannot be true hides what follows
@@ -68,8 +69,13 @@ def members(path: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]]
             elif kind == b"x":
                 pax = _pax_records(os.pread(descriptor, size, start))
             else:
-                if kind in (b"0", b"\0", b"7"):
+                if kind not in (b"0", b"\0", b"7"):
+                    pass
+                elif size_in(block[SIZE_FIELD]) == size:
                     yield name, (start, size)
+                else:  # whoever reads it later goes by the header
+                    reason = f"the size of {name} stands in a PAX record alone"
+                    report(key_of(name), "unsupported member", reason)
                 if kind not in (b"g", b"K"):
                     long_name, pax = "", {}
     finally:
@@ -129,11 +135,10 @@ def size_in(field: bytes) -> int | None:
     """The number in a header's field of the size; None where there is none."""
     if field[0] & 0x80:  # GNU's base 256 for sizes of 8 GiB and more
         return int.from_bytes(field[1:], "big")
-    try:
-        size = int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
+    digits = field.lstrip(b" \0").replace(b"\0", b" ").split(b" ")[0]
+    if digits.translate(None, b"01234567"):
         return None
-    return size if size >= 0 else None
+    return int(digits or b"0", 8)
 
 
 def _name(block: bytes) -> str:
@@ -142,17 +147,18 @@ def _name(block: bytes) -> str:
         prefix = block[345:500].split(b"\0", 1)[0]
         if prefix:
             name = prefix + b"/" + name
-    return name.decode("utf-8", "surrogateescape").removeprefix("./")
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    records = {}
-    while content:
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length):
+    records, begin = {}, 0
+    while begin < len(content):
+        blank = content.find(b" ", begin, begin + _LONGEST_NUMBER)
+        digits = content[begin:blank]
+        if blank < 0 or not digits.isdigit() or int(digits) <= len(digits):
             break
-        record = content[len(length) + 1 : int(length) - 1]
-        name, _, value = record.partition(b"=")
+        end = begin + int(digits)
+        name, _, value = content[blank + 1 : end - 1].partition(b"=")
         records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        begin = end
     return records

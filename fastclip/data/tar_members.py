@@ -15,6 +15,7 @@ Place = tuple[int, int]
 """Offset and size in bytes; an offset of -1 for a member that is not there."""
 
 _FAULTS = {1: "is shorter than it was", 2: "is not what it was"}
+"""When it was indexed."""
 
 
 class ChangedError(Exception):

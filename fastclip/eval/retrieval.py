@@ -72,6 +72,7 @@ def retrieval(
     batch_size: int,
     workers: int,
     runtime: Runtime,
+    apply_orientation: bool = False,
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions; collective, the same result on every rank.
 
@@ -94,6 +95,7 @@ def retrieval(
         world_size=runtime.world_size,
         workers=workers,
         caption_key=task.caption_key,
+        apply_orientation=apply_orientation,
     ):
         output = model(
             images=batch.images.to(runtime.device), tokens=batch.tokens.to(runtime.device)

@@ -47,6 +47,7 @@ def run_suite(
     *,
     image_size: int,
     runtime: Runtime,
+    apply_orientation: bool = False,
 ) -> dict[str, float]:
     """Every task's numbers under ``kind/task/measure``; collective, the same on every rank.
 
@@ -67,6 +68,7 @@ def run_suite(
                     batch_size=config.batch_size,
                     workers=config.workers,
                     runtime=runtime,
+                    apply_orientation=apply_orientation,
                 )
                 metrics |= {f"zero_shot/{task.name}/{key}": v for key, v in numbers.items()}
             for pairs in config.retrieval:
@@ -78,6 +80,7 @@ def run_suite(
                     batch_size=config.batch_size,
                     workers=config.workers,
                     runtime=runtime,
+                    apply_orientation=apply_orientation,
                 )
                 metrics |= {f"retrieval/{pairs.name}/{key}": v for key, v in numbers.items()}
     finally:

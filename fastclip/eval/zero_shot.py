@@ -160,6 +160,7 @@ def zero_shot(
     batch_size: int,
     workers: int,
     runtime: Runtime,
+    apply_orientation: bool = False,
 ) -> dict[str, float]:
     """Classify every image of the task; collective, the same result on every rank.
 
@@ -183,6 +184,7 @@ def zero_shot(
         world_size=runtime.world_size,
         workers=workers,
         caption_key=None,
+        apply_orientation=apply_orientation,
     ):
         features = model(images=batch.images.to(runtime.device)).image_features
         try:

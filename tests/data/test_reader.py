@@ -105,7 +105,7 @@ def test_a_shard_with_something_else_at_the_place(tmp_path: Path) -> None:
     offset = found.image[0]
     content[offset - 512 + 124 : offset - 512 + 135] = b"00000000007"
     path.write_bytes(content)
-    with pytest.raises(BadSampleError, match="is not what it was when indexed"):
+    with pytest.raises(BadSampleError, match="is not what it was when it was indexed"):
         Members(found)
 
 

@@ -179,11 +179,32 @@ def test_an_index_that_made_room_is_fetched_again(
     assert copies(cache) == []
 
 
-def test_a_damaged_index_is_named_by_its_shard(indexed: Path) -> None:
+def test_what_is_no_index_is_named_and_not_used(
+    indexed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some servers answer every request with a page."""
     address = remember(indexed)
-    MemoryFileSystem().pipe_file("/bucket/00002.fcidx", b"x" * 100)
-    with pytest.raises(ValueError, match=r"memory://bucket/00002\.tar: .* is no index of fastclip"):
-        index_shards(address)
+    MemoryFileSystem().pipe_file("/bucket/00002.fcidx", b"<html>" * 100)
+    assert len(index_shards(address)) == 48
+    assert "the index beside memory://bucket/00002.tar is none, and not used" in caplog.text
+
+
+def test_making_room_leaves_what_is_not_its_own(indexed: Path, cache: Path) -> None:
+    mine = cache / "photos" / "thesis.jpg"
+    elsewhere = cache.parent / "elsewhere" / "precious.bin"
+    for path in (mine, elsewhere):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100_000))
+        os.utime(path, (0, 0))
+    (cache / ("0" * 32)).symlink_to(elsewhere.parent)
+    size = (indexed / "00000.tar").stat().st_size
+    configure(str(cache), 1.5 * size / 1e9, 0, 5)
+    index = index_shards(remember(indexed))
+    for number in range(len(index)):
+        Members(index[number])
+    assert 1 <= len(list(cache.glob("*/*.tar"))) <= 2
+    assert mine.is_file()
+    assert elsewhere.is_file()
 
 
 def test_a_stale_index_on_the_other_side_is_named_and_not_used(
