@@ -30,6 +30,7 @@ from benchmarks.loader_peers import READERS, LoaderPeer, loaders, ours
 from benchmarks.photos import photo_sets
 from fastclip.data.decoders import PillowDecoder
 from fastclip.data.indexing import build_index
+from fastclip.data.shard_table import save_table, scan_shard
 from fastclip.data.shard_writer import write_shard
 from fastclip.data.transforms import Box, random_crop
 
@@ -276,9 +277,11 @@ def start(bench: Bench) -> None:
         partial = bench.work / ".shards-10000"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        summary, table = scan_shard(few / "00000.tar")
         for number in range(10_000):
-            for suffix in ("tar", "fcidx"):
-                os.link(few / f"00000.{suffix}", partial / f"{number:05d}.{suffix}")
+            shard = partial / f"{number:05d}.tar"
+            os.link(few / "00000.tar", shard)
+            save_table(shard, summary, table)
         partial.rename(many)
     seconds = []
     for _ in range(bench.rounds):

@@ -19,7 +19,13 @@ from fastclip.data import index as index_module
 from fastclip.data.index import index_shards
 from fastclip.data.indexing import build_index, format_report
 from fastclip.data.reader import Members
-from fastclip.data.shard_table import index_path, load_summary, load_table
+from fastclip.data.shard_table import (
+    index_path,
+    load_summary,
+    load_table,
+    save_table,
+    scan_shard,
+)
 from shards import sample, write_shards, write_tar
 
 PAIRS = [sample(number) for number in range(6)]
@@ -219,16 +225,18 @@ def test_tables_are_read_when_needed_and_not_all_kept(
 @pytest.mark.timeout(120)
 def test_ten_thousand_shards_are_known_without_reading_them(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "00000.tar", PAIRS[:2])
-    build_index(str(path), workers=0)
-    index_file = index_path(path)
+    summary, table = scan_shard(path)
+    save_table(path, summary, table)
     for number in range(1, 10_000):
-        os.link(path, tmp_path / f"{number:05d}.tar")
-        os.link(index_file, tmp_path / f"{number:05d}.fcidx")
+        shard = tmp_path / f"{number:05d}.tar"
+        os.link(path, shard)
+        save_table(shard, summary, table)
     begin = time.perf_counter()
     index = index_shards(str(tmp_path))
     first = Members(index[12_345]).image
     print(f"10,000 shards known in {time.perf_counter() - begin:.2f} s")
     assert len(index) == 20_000
+    assert all(shard.scanned is None for shard in index._shards)
     assert first == PAIRS[1][1]["png"]
     assert len(index._tables) == 1
 

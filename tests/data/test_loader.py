@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,10 +57,6 @@ def _in_order(ranks: list[TrainLoader], steps: int) -> list[str]:
 
 def _same(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
-
-
-def _loader_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
 
 
 @pytest.fixture(scope="module")
@@ -365,47 +360,3 @@ def test_a_small_damaged_corpus_stops_the_run_as_well(tmp_path: Path) -> None:
     with _loader(path, batch_size=30, max_bad_fraction=0.5) as loader:
         _take(loader, 30)
         assert loader.report() == {"broken image": 10}
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("workers", [1, 4])
-def test_an_error_in_a_thread_reaches_the_consumer(
-    shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    calls = []
-
-    def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(texts)
-        if len(calls) > 6:
-            raise OSError("the disk is on fire")
-        return TOKENIZER.encode_batch(texts)
-
-    loader = _loader(shards, workers=workers, prefetch_batches=3)
-    tokenizer = Tokenizer(context_length=32)
-    monkeypatch.setattr(tokenizer, "encode_batch", encode)
-    loader.tokenizer = tokenizer
-    with pytest.raises(OSError, match="on fire"):
-        _take(loader, 20)
-    assert _loader_threads() == []
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader)
-
-
-@pytest.mark.timeout(60)
-def test_shards_that_vanish_end_the_run_and_do_not_hang_it(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [sample(number) for number in range(8)])
-    with _loader(path, max_bad_fraction=1.0) as loader:
-        path.unlink()
-        with pytest.raises(ValueError, match=r"100 samples in a row cannot be used .*unreadable"):
-            next(loader)
-    assert _loader_threads() == []
-
-
-def test_closing_joins_the_threads(shards: Path) -> None:
-    with _loader(shards, workers=3, prefetch_batches=6) as loader:
-        next(loader)
-        assert _loader_threads()
-    assert _loader_threads() == []
-    loader.close()  # a second time does no harm
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader)
