@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,8 @@ def write_shards(directory: Path, pairs: int = 48, per_shard: int = 16) -> Path:
     }
     (directory / "classes.json").write_text(json.dumps(classes))
     return shards
+
+
+def loader_threads() -> list[str]:
+    """Names of the training loaders' threads that live."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-loader")]

@@ -18,7 +18,7 @@ from fastclip.data.config import DataConfig
 from fastclip.data.loader import TrainLoader
 from fastclip.data.reader import caption_id
 from fastclip.tokenizer import Tokenizer
-from shards import sample, write_shards, write_tar
+from shards import loader_threads, sample, write_shards, write_tar
 
 TOKENIZER = Tokenizer(context_length=32)
 
@@ -230,7 +230,7 @@ def test_too_much_damage_stops_the_run(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"more than data\.max_bad_fraction=0\.1"),
     ):
         _take(loader, 10)
-    assert _loader_threads() == []
+    assert loader_threads() == []
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from fastclip.data.config import DataConfig
 from fastclip.data.loader import TrainLoader
 from fastclip.tokenizer import Tokenizer
-from shards import sample, write_shards, write_tar
+from shards import loader_threads, sample, write_shards, write_tar
 
 TOKENIZER = Tokenizer(context_length=32)
 
@@ -34,10 +33,6 @@ def make(train: Path, **options: Any) -> TrainLoader:
     )
 
 
-def _loader_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_error_in_a_thread_reaches_the_consumer(
@@ -57,7 +52,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(
     loader.tokenizer = tokenizer
     with pytest.raises(OSError, match="on fire"):
         [next(loader) for _ in range(20)]
-    assert _loader_threads() == []
+    assert loader_threads() == []
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
 
@@ -69,14 +64,14 @@ def test_shards_that_vanish_end_the_run_and_do_not_hang_it(tmp_path: Path) -> No
         path.unlink()
         with pytest.raises(ValueError, match=r"100 samples in a row cannot be used .*unreadable"):
             next(loader)
-    assert _loader_threads() == []
+    assert loader_threads() == []
 
 
 def test_closing_joins_the_threads(shards: Path) -> None:
     with make(shards, workers=3, prefetch_batches=6) as loader:
         next(loader)
-        assert _loader_threads()
-    assert _loader_threads() == []
+        assert loader_threads()
+    assert loader_threads() == []
     loader.close()  # a second time does no harm
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
