@@ -264,8 +264,8 @@ def check_settings(config: TrainConfig, runtime: Runtime) -> int:
             of ranks, the device, or what is installed.
     """
     batch_size = per_rank_batch_size(config, runtime.world_size)
-    config.data.configure_remote()
-    expand_shards(config.data.train)
+    if "://" not in config.data.train:  # which would be asked for twice
+        expand_shards(config.data.train)
     config.loss.check(config.model)
     if config.run.steps is not None:
         learning_rate_at(0, config.optim, config.run.steps)

@@ -223,8 +223,7 @@ def _begin(job: Job, shards: Sequence[Path], sizes: Sequence[int]) -> None:
 
 
 def _samples(index: ShardIndex, shard: int) -> list[Sample]:
-    first = sum(index.sizes[:shard])
-    return [index[number] for number in range(first, first + index.sizes[shard])]
+    return [index[number] for number in index.numbers(shard)]
 
 
 def _add_up(job: Job, shards: int) -> tuple[dict[str, int], NDArray[np.int64]]:

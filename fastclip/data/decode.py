@@ -15,6 +15,9 @@ MAX_PIXELS = 178_956_970
 """Largest image decoded: beyond it, a file of a few kilobytes may ask for gigabytes."""
 
 
+ORIENTATION = 0x0112
+"""EXIF's tag."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's other readers are for what no shard should hold; EPS's would start a program."""
 
@@ -73,6 +76,18 @@ def check_pixels(width: int, height: int, most: int) -> None:
     """Raises BadSampleError for an image of more than `most` pixels."""
     if width * height > most:
         raise BadSampleError("oversized image", f"{width}×{height} exceeds {most} pixels")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says that an image is to be turned, 1 to 8; 1, not at all, where it says nothing.
+
+    Pillow has turned a TIFF when its pixels are decoded, and says so by then.
+    """
+    try:
+        number = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # EXIF's parser raises whatever its parts raise; the pixels may be well
+        return 1
+    return int(number) if number in range(1, 9) else 1
 
 
 def decode(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:

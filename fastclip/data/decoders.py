@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastclip.data.decode import MAX_PIXELS, check_pixels, decode, open_image
+from fastclip.data.decode import MAX_PIXELS, check_pixels, decode, open_image, orientation_of
 from fastclip.data.transforms import Box
 
 logger = logging.getLogger("fastclip")
@@ -38,7 +38,6 @@ def _find() -> tuple[Any, Any, str]:
 _simplejpeg, _native, _missing = _find()
 
 _JPEG = b"\xff\xd8\xff"
-_ORIENTATION = 0x0112  # EXIF's tag
 _KEPT_BYTES = 64 << 20
 """Of a thread's buffer: what larger images need is given back after each."""
 _MOST_REDUCED = 8  # libjpeg's smallest DCT is one value for a block of 8 × 8
@@ -173,7 +172,7 @@ class NativeDecoder:
         if colours in ("CMYK", "YCCK"):
             return self._pillow.open(content)
         check_pixels(width, height, self.max_pixels)
-        orientation = _orientation(content) if self.apply_orientation else 1
+        orientation = orientation_of(open_image(content)) if self.apply_orientation else 1
         if orientation > 4:
             width, height = height, width
         return Encoded(content, width, height, orientation=orientation)
@@ -243,15 +242,6 @@ class NativeDecoder:
         if own.buffer.nbytes < needed:
             own.buffer = np.empty(needed, np.uint8)
         return own.buffer
-
-
-def _orientation(content: bytes) -> int:
-    try:
-        picture = open_image(content)
-        number = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF's parser raises whatever its parts raise, and Pillow reports it
-        return 1
-    return number if number in range(1, 9) else 1
 
 
 def _stored(box: Box, orientation: int, width: int, height: int) -> Box:

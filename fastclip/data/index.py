@@ -170,6 +170,10 @@ class ShardIndex:
         nowhere = (-1, 0)
         return Sample(shard, f"sample {number}", nowhere, nowhere, nowhere, "")
 
+    def numbers(self, shard: int) -> range:
+        """Of the samples in one shard."""
+        return range(self._ends[shard] - self.sizes[shard], self._ends[shard])
+
     def source_sizes(self) -> list[list[int]]:
         """`sizes`, source by source."""
         ends = list(itertools.accumulate(self.sources))

@@ -22,7 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastclip.data.decode import MAX_PIXELS, BadSampleError, check_max_pixels, open_image
+from fastclip.data.decode import (
+    MAX_PIXELS,
+    BadSampleError,
+    check_max_pixels,
+    open_image,
+    orientation_of,
+)
 from fastclip.data.rewriting import end_with_parent
 from fastclip.data.shard_table import (
     IMAGE_EXTENSIONS,
@@ -63,7 +69,6 @@ _COLUMNS: dict[str, type[np.unsignedinteger[Any]]] = {
     "image_hashes": np.uint64,
     "caption_hashes": np.uint64,
 }
-_ORIENTATION = 0x0112
 _ENDINGS = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 
 
@@ -203,11 +208,7 @@ def _look(image: bytes) -> tuple[int, int, int, int, int]:
     kind = (picture.format or "").lower()
     kind = "jpeg" if kind == "mpo" else kind
     codec = CODECS.index(kind) if kind in CODECS else CODECS.index("other")
-    try:
-        orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # as its parts raise it; the pixels may be well
-        orientation = 1
-    orientation = orientation if orientation in range(1, 9) else 1
+    orientation = orientation_of(picture)
     flags = 0
     # Some cameras write zeros, or their own data, behind the end.
     ending = _ENDINGS.get(kind)

@@ -20,14 +20,20 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 from safetensors import SafetensorError, safe_open
 
-from fastclip.data.decode import MAX_PIXELS, BadSampleError, open_image, to_rgb
+from fastclip.data.decode import (
+    MAX_PIXELS,
+    ORIENTATION,
+    BadSampleError,
+    open_image,
+    orientation_of,
+    to_rgb,
+)
 from fastclip.data.index import Sample
 from fastclip.data.rewriting import end_with_parent, stopping, write_whole
 from fastclip.data.shard_table import IMAGE_EXTENSIONS, index_path, load_summary
 from fastclip.data.shard_writer import write_shard
 from fastclip.data.storage import FILES
 
-_ORIENTATION = 0x0112  # EXIF's tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -151,7 +157,7 @@ def shrink(
         raise
     except Exception as error:  # decoders raise whatever their format's parser raises
         raise BadSampleError("broken image", f"{type(error).__name__}: {error}") from None
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     turn = _TURNS.get(orientation) if apply_orientation else None
     size = shrunk_size(*pixels.size, short)
     if size == pixels.size and turn is None:
@@ -165,7 +171,7 @@ def shrink(
         pixels = pixels.transpose(turn)
     exif = Image.Exif()
     if orientation > 1 and turn is None:
-        exif[_ORIENTATION] = orientation
+        exif[ORIENTATION] = orientation
     pixels.info.clear()  # a comment would be written again
     out = io.BytesIO()
     pixels.save(
@@ -176,15 +182,6 @@ def shrink(
         exif=exif.tobytes() if len(exif) else b"",
     )
     return out.getvalue()
-
-
-def _orientation(image: Image.Image) -> int:
-    """Of decoded pixels: Pillow has turned a TIFF when it has decoded it, and says so by then."""
-    try:
-        number = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # as its parts raise it; the pixels are well
-        return 1
-    return int(number) if number in range(1, 9) else 1
 
 
 def _has_full_chroma(image: Image.Image) -> bool:

@@ -1,4 +1,4 @@
-"""The data path's C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
+"""Resize and phrase matching under the address, undefined-behaviour and thread sanitizers."""
 
 from __future__ import annotations
 
