@@ -356,7 +356,9 @@ def test_memory_stays_flat(on_cpu: DaliDecoder) -> None:
         if number in (20, 219):
             gc.collect()
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
-    assert (pages[1] - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 32 << 20
+    # The allocator of a process that has run other tests moves by tens of megabytes; what was
+    # decoded, kept, would be 400.
+    assert (pages[1] - pages[0]) * os.sysconf("SC_PAGE_SIZE") < 128 << 20
 
 
 def test_closing_stops_the_threads() -> None:
