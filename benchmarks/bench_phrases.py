@@ -13,8 +13,6 @@ import argparse
 import itertools
 import random
 import statistics
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import captions, record
+from benchmarks.bench_tokenizer import cost_of
 from benchmarks.tokenizer_peers import fresh_copies
 from fastclip.data.metadata_queries import build_queries, write_queries
 from fastclip.data.phrases import Phrases, spacing
@@ -175,12 +174,7 @@ print(1e3 * (ready - begin), (resident() - before) / 1e6)
 
 def cost(name: str, queries: Path) -> tuple[float | None, float | None]:
     """Milliseconds to construct it, and megabytes that it then holds, in a fresh process."""
-    command = [sys.executable, "-c", _COST, name, str(queries)]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None, None
-    milliseconds, megabytes = map(float, done.stdout.split()[-2:])
-    return milliseconds, megabytes
+    return cost_of(_COST, name, str(queries))
 
 
 def main() -> None:

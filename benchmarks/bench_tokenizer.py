@@ -90,7 +90,12 @@ print(1e3 * (ready - begin), (resident() - before) / 1e6)
 
 def cost(provider: Provider) -> tuple[float | None, float | None]:
     """Milliseconds to construct it, and megabytes that it then holds, in a fresh process."""
-    command = [sys.executable, "-c", _COST, provider.name]
+    return cost_of(_COST, provider.name)
+
+
+def cost_of(code: str, *arguments: str) -> tuple[float | None, float | None]:
+    """The two numbers that `code` prints in a fresh process; None for both where it fails."""
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         return None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Row = Mapping[str, str]
 OURS = "fastclip"
@@ -31,16 +31,25 @@ def _newest(rows: Sequence[Row], part: str) -> dict[tuple[str, str], Row]:
 
 
 def _loader(title: str, rows: Mapping[tuple[str, str], Row]) -> str:
+    return _table(f"{title}: ours a second", rows, _head, lambda rate: f"{rate:,.0f}/s")
+
+
+def _table(
+    title: str,
+    rows: Mapping[tuple[str, str], Row],
+    head: Callable[[str, Row], str],
+    shown: Callable[[float], str],
+) -> str:
+    """Our rates by case, and under them how many times they are each peer's; "" without any."""
     cases = [case for name, case in rows if name == OURS and rows[name, case]["per_second"]]
     if not cases:
         return ""
     ours = {case: rows[OURS, case] for case in cases}
-    rates = " | ".join(f"{float(row['per_second']):,.0f}/s" for row in ours.values())
+    rates = " | ".join(shown(float(row["per_second"])) for row in ours.values())
     lines = [
-        f"{title}: ours a second, then how many times it is each other's rate. "
-        f"{_stamp(next(iter(ours.values())))}",
+        f"{title}, then how many times it is each other's rate. {_stamp(ours[cases[0]])}",
         "",
-        f"| | {' | '.join(_head(case, row) for case, row in ours.items())} |",
+        f"| | {' | '.join(head(case, row) for case, row in ours.items())} |",
         "|---|" + "---:|" * len(cases),
         f"| fastclip | {rates} |",
     ]
@@ -48,8 +57,10 @@ def _loader(title: str, rows: Mapping[tuple[str, str], Row]) -> str:
         cells = [_cell(rows.get((provider, case))) for case in cases]
         if any(cell != "–" for cell in cells):
             row = next(row for (name, _), row in rows.items() if name == provider)
-            note = f" ({row['note']})" if row["note"] else ""
-            lines.append(f"| {provider} {row['version']}{note} | {' | '.join(cells)} |")
+            about = f"{provider} {row['version']}" + (
+                f" ({note})" if (note := row.get("note")) else ""
+            )
+            lines.append(f"| {about} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -60,7 +71,8 @@ def _head(case: str, row: Row) -> str:
 def _cell(row: Row | None) -> str:
     if row is None or not row["ours_over_it"]:
         return "–"
-    error = f" (mean error {float(row['mean_error']):.2g})" if row["mean_error"] else ""
+    mean = row.get("mean_error")
+    error = f" (mean error {float(mean):.2g})" if mean else ""
     return f"{float(row['ours_over_it']):.3g}×{error}"
 
 
@@ -68,29 +80,14 @@ def _phrases(rows: Sequence[Row]) -> str:
     newest: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         newest[row["provider"], row["corpus"]] = row
-    corpora = [corpus for name, corpus in newest if name == OURS]
-    if not corpora:
-        return ""
-    first = newest[OURS, corpora[0]]
-    heads = " | ".join(f"{c}, {float(newest[OURS, c]['bytes']):.0f} B" for c in corpora)
-    rates = " | ".join(f"{float(newest[OURS, c]['per_second']) / 1e6:.2f} M/s" for c in corpora)
-    lines = [
-        f"Which of {int(first['queries']):,} queries occur in captions (one core, processor time): "
-        f"ours in captions a second, then how many times it is each other's rate. {_stamp(first)}",
-        "",
-        f"| | {heads} |",
-        "|---|" + "---:|" * len(corpora),
-        f"| fastclip | {rates} |",
-    ]
-    for provider in dict.fromkeys(name for name, _ in newest if name != OURS):
-        cells = " | ".join(_cell_of(newest.get((provider, corpus))) for corpus in corpora)
-        version = next(row["version"] for (name, _), row in newest.items() if name == provider)
-        lines.append(f"| {provider} {version} | {cells} |")
-    return "\n".join(lines)
-
-
-def _cell_of(row: Row | None) -> str:
-    return "–" if row is None or not row["ours_over_it"] else f"{float(row['ours_over_it']):.3g}×"
+    queries = next((int(row["queries"]) for row in newest.values()), 0)
+    return _table(
+        f"Which of {queries:,} queries occur in captions (one core, processor time): ours in "
+        "captions a second",
+        newest,
+        lambda corpus, row: f"{corpus}, {float(row['bytes']):.0f} B",
+        lambda rate: f"{rate / 1e6:.2f} M/s",
+    )
 
 
 def _stamp(row: Row) -> str:

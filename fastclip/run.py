@@ -89,9 +89,8 @@ class Run:
         )
         check_agreement(self.loader.identity, self.loader.samples_per_epoch, runtime)
         self.total_steps = total_steps(config, self.loader.samples_per_epoch)
-        learning_rate_at(
-            0, config.optim, self.total_steps
-        )  # refuses a run shorter than its warm-up
+        # Refuses a run that is shorter than its warm-up.
+        learning_rate_at(0, config.optim, self.total_steps)
         self.engine = build_engine(
             model,
             config.optim,

@@ -32,7 +32,7 @@ from fastclip.data.curator import TOTALS, Curator, Job
 from fastclip.data.index import Sample, ShardIndex, index_shards
 from fastclip.data.metadata_queries import check_queries
 from fastclip.data.phrases import can_occur
-from fastclip.data.rewriting import alone, end_with_parent, write_whole
+from fastclip.data.rewriting import alone, begin, end_with_parent, write_whole
 from fastclip.data.shards import local_shards
 
 logger = logging.getLogger("fastclip")
@@ -199,27 +199,7 @@ def _begin(job: Job, shards: Sequence[Path], sizes: Sequence[int]) -> None:
         f"{shard.name}: {shard.stat().st_size} bytes, {size} samples"
         for shard, size in zip(shards, sizes, strict=True)
     ]
-    path = job.work / "settings.json"
-    if path.is_file():
-        before = json.loads(path.read_bytes())
-        differ = [
-            f"{name} was {before['settings'].get(name)}, now {value}"
-            for name, value in settings.items()
-            if before["settings"].get(name) != value
-        ]
-        changed = [(a, b) for a, b in zip(before["inputs"], inputs, strict=False) if a != b]
-        differ += [f"a shard was {a}, now {b}" for a, b in changed[:1]]
-        if differ:
-            raise ValueError(
-                f"{job.out} was begun otherwise: {'; '.join(differ)}. Name another output folder, "
-                "or delete this one"
-            )
-        return
-    if next(job.out.glob("*.tar"), None) is not None:
-        raise ValueError(f"{job.out} holds shards of something else: name an empty output folder")
-    job.work.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"settings": settings, "inputs": inputs}, indent=1).encode()
-    write_whole(path, lambda file: file.write(content))
+    begin(job.work, job.out, settings, inputs)
 
 
 def _samples(index: ShardIndex, shard: int) -> list[Sample]:

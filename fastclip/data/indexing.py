@@ -31,6 +31,7 @@ from fastclip.data.decode import (
 )
 from fastclip.data.rewriting import end_with_parent
 from fastclip.data.shard_table import (
+    DALI_SUFFIX,
     IMAGE_EXTENSIONS,
     Problem,
     ShardTable,
@@ -230,7 +231,7 @@ def _hash(content: bytes) -> int:
 
 
 def _dali_path(shard: Path) -> Path:
-    return beside(shard, ".idx")
+    return beside(shard, DALI_SUFFIX)
 
 
 def _write_dali_index(shard: Path, table: ShardTable) -> None:

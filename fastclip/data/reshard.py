@@ -33,7 +33,7 @@ from fastclip.data.decode import MAX_PIXELS
 from fastclip.data.indexing import build_index
 from fastclip.data.reshard_plan import REASONS, Dedup, make_plan
 from fastclip.data.resharder import Job, Resharder, start, work
-from fastclip.data.rewriting import alone, write_whole
+from fastclip.data.rewriting import alone, begin, write_whole
 from fastclip.data.shard_table import load_table
 from fastclip.data.shards import local_shards
 
@@ -155,7 +155,7 @@ def reshard(
     )
     if not job.planned:
         raise ValueError(f"{pattern}: none of {len(plan.reasons)} samples can be used")
-    _begin(job, settings, plan.inputs)
+    begin(job.work, out, settings, plan.inputs)
     with alone(job.work, out, "resharding"):
         write_whole(job.plan, lambda file: np.save(file, plan.rows))
         _write_all(job, [n for n in range(job.count) if not job.is_written(n)], workers)
@@ -190,37 +190,6 @@ def _check(out: Path, workers: int, settings: dict[str, Any]) -> None:
         raise ValueError(f"workers is a positive number of processes, not {workers}")
     if re.search(r"::|://|^pipe:|\{\d+\.\.\d+\}", str(out)):
         raise ValueError(f"{out} would be read as a list of shards: name another output folder")
-
-
-def _begin(job: Job, settings: dict[str, Any], inputs: list[str]) -> None:
-    """Make the output folder, or see that it was begun with this job.
-
-    Raises:
-        ValueError: it was not.
-    """
-    path = job.work / "settings.json"
-    if path.is_file():
-        then = json.loads(path.read_bytes())
-        differ = [
-            f"{name} was {then['settings'].get(name)}, now {value}"
-            for name, value in settings.items()
-            if then["settings"].get(name) != value
-        ]
-        if len(then["inputs"]) != len(inputs):
-            differ.append(f"shards were {len(then['inputs'])}, now {len(inputs)}")
-        changed = [(a, b) for a, b in zip(then["inputs"], inputs, strict=False) if a != b]
-        differ += [f"a shard was {a}, now {b}" for a, b in changed[:1]]
-        if differ:
-            raise ValueError(
-                f"{job.out} was begun otherwise: {'; '.join(differ)}. Name another output folder, "
-                "or delete this one"
-            )
-        return
-    if next(job.out.glob("*.tar"), None) is not None:
-        raise ValueError(f"{job.out} holds shards of something else: name an empty output folder")
-    job.work.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"settings": settings, "inputs": inputs}, indent=1).encode()
-    write_whole(path, lambda file: file.write(content))
 
 
 def _write_all(job: Job, numbers: list[int], workers: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import signal
@@ -11,9 +12,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastclip.data.decode import BadSampleError
+
+
+def begin(work: Path, out: Path, settings: dict[str, Any], inputs: list[str]) -> None:
+    """Make the folder `work` of the output `out`, or see that it was begun with the same job.
+
+    Args:
+        settings: of the job, plain data.
+        inputs: a line on each shard that is read.
+
+    Raises:
+        ValueError: it was begun otherwise, or holds shards that were not begun at all.
+    """
+    path = work / "settings.json"
+    if path.is_file():
+        then = json.loads(path.read_bytes())
+        differ = [
+            f"{name} was {then['settings'].get(name)}, now {value}"
+            for name, value in settings.items()
+            if then["settings"].get(name) != value
+        ]
+        if len(then["inputs"]) != len(inputs):
+            differ.append(f"shards were {len(then['inputs'])}, now {len(inputs)}")
+        changed = [(a, b) for a, b in zip(then["inputs"], inputs, strict=False) if a != b]
+        differ += [f"a shard was {a}, now {b}" for a, b in changed[:1]]
+        if differ:
+            raise ValueError(
+                f"{out} was begun otherwise: {'; '.join(differ)}. Name another output folder, or "
+                "delete this one"
+            )
+        return
+    if next(out.glob("*.tar"), None) is not None:
+        raise ValueError(f"{out} holds shards of something else: name an empty output folder")
+    work.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"settings": settings, "inputs": inputs}, indent=1).encode()
+    write_whole(path, lambda file: file.write(content))
 
 
 @contextmanager

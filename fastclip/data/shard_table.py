@@ -27,6 +27,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_EXTENSION = "txt"
 METADATA_EXTENSION = "json"
 INDEX_SUFFIX = ".fcidx"
+DALI_SUFFIX = ".idx"
+"""Of the index that DALI's own reader takes."""
 _ROLES = ("image", CAPTION_EXTENSION, METADATA_EXTENSION)
 _VERSION = 1
 _ENTRY = "fastclip_index"

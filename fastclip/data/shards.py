@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastclip.data.remote import shown
 from fastclip.data.remote_files import RemoteFile, Shard, find_remote
+from fastclip.data.shard_table import DALI_SUFFIX, INDEX_SUFFIX
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -80,7 +81,7 @@ def _match(name: str, part: str) -> list[Path]:
 
 def _is_shard(path: Path) -> bool:
     """Whether a glob means it: not the indices that lie beside shards."""
-    return path.suffix not in (".fcidx", ".idx") and path.is_file()
+    return path.suffix not in (INDEX_SUFFIX, DALI_SUFFIX) and path.is_file()
 
 
 def _expand_braces(text: str) -> list[str]:
