@@ -40,6 +40,7 @@ from fastclip.data.shard_table import (
     index_path,
     load_summary,
     load_table,
+    partial_path,
     save_table,
     scan_shard,
 )
@@ -237,7 +238,7 @@ def _dali_path(shard: Path) -> Path:
 def _write_dali_index(shard: Path, table: ShardTable) -> None:
     """What DALI's wds2idx would write, of the samples that have an image."""
     target = _dali_path(shard)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = partial_path(target)
     try:
         with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"v1.2 {len(table.keys)}\n")

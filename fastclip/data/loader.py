@@ -283,6 +283,8 @@ class TrainLoader:
             return _Built(self._batch(pairs, torch.from_numpy(images)), first, replaced)
         later = {row: (p.image, p.box) for row, p in enumerate(pairs) if not p.decoded}
         batch, ready, failed = self._dali.fill(images, later)
+        for _ in range(len(later) - len(failed)):
+            self._quarantine.good()
         for row, reason in failed.items():
             logger.debug("%s: %s; decoded on the CPU instead", pairs[row].key, reason)
             pairs[row], replaced[row] = self._usable(*places[row], images[row])
@@ -342,7 +344,8 @@ class TrainLoader:
                 first, count = self._plan.alike(number)
                 candidate = first + mix(self.seed, epoch, number, 5, attempt) % count
                 continue
-            self._quarantine.good()
+            if pair.decoded:  # otherwise it is counted when DALI has decoded it, or not
+                self._quarantine.good()
             return pair, attempt > 1
         raise ValueError(
             f"{_MOST_REPLACEMENTS} samples in a row cannot be used "

@@ -7,10 +7,13 @@ columns are read when the first sample is asked for.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -33,6 +36,7 @@ _ROLES = ("image", CAPTION_EXTENSION, METADATA_EXTENSION)
 _VERSION = 1
 _ENTRY = "fastclip_index"
 _LONGEST_HEADER = 64 << 20
+_ABANDONED_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ def save_table(shard: Path, summary: Summary, table: ShardTable) -> Path:
     }
     entry = {"version": _VERSION, "shard": shard.name, **asdict(summary)}
     target = index_path(shard)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = partial_path(target)
     try:
         save_file(arrays, partial, metadata={_ENTRY: json.dumps(entry)})
         partial.chmod(stat.S_IMODE(shard.stat().st_mode))  # who may read a shard may read its index
@@ -225,6 +229,18 @@ def save_table(shard: Path, summary: Summary, table: ShardTable) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def partial_path(target: Path) -> Path:
+    """Where this process writes `target`, which takes a moment, before it is whole.
+
+    Others of this kind that are an hour old were left by processes that were killed: they go.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 def load_summary(shard: Path) -> Summary | None:

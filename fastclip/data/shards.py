@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastclip.data.remote_files import RemoteFile, Shard, find_remote
 from fastclip.data.shard_table import DALI_SUFFIX, INDEX_SUFFIX
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_NAMES = 1_000_000
 
 
 def expand_shards(pattern: str) -> list[Shard]:
@@ -37,6 +39,8 @@ def expand_shards(pattern: str) -> list[Shard]:
                 f"{part.split()[0]} …: commands from settings are not run; give the address itself "
                 "(s3://, gs://, https:// or another that fsspec knows)"
             )
+        if _count_names(part) > _MOST_NAMES:
+            raise ValueError(f"{shown(part)}: its numbers mean more than {_MOST_NAMES:,} shards")
         part = part.removeprefix("file://")
         if "://" in part:
             found += find_remote(_expand_braces(part))
@@ -82,6 +86,11 @@ def _match(name: str, part: str) -> list[Path]:
 def _is_shard(path: Path) -> bool:
     """Whether a glob means it: not the indices that lie beside shards."""
     return path.suffix not in (INDEX_SUFFIX, DALI_SUFFIX) and path.is_file()
+
+
+def _count_names(text: str) -> int:
+    """How many names the numbers in braces make; a range that runs backwards is told later."""
+    return math.prod(max(1, int(b) - int(a) + 1) for a, b in _BRACES.findall(text))
 
 
 def _expand_braces(text: str) -> list[str]:

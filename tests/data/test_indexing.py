@@ -161,6 +161,18 @@ def test_an_index_is_made_once_and_anew_when_the_shard_changes(tmp_path: Path) -
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", PAIRS)
+    left = [tmp_path / f".a{suffix}.123.partial" for suffix in (".fcidx", ".idx")]
+    busy, other = tmp_path / ".a.fcidx.124.partial", tmp_path / ".ab.fcidx.123.partial"
+    for file in (*left, busy, other):
+        file.write_bytes(b"begun")
+    for file in (*left, other):
+        os.utime(file, (0, 0))
+    build_index(str(path), workers=0)
+    assert sorted(tmp_path.glob(".*")) == sorted([busy, other])
+
+
 def test_an_index_of_another_shard_is_not_believed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -222,6 +222,10 @@ def test_one_broken_image_costs_dali_no_batch(
         monkeypatch.setattr(loader._dali, "takes", lambda image: True)
         keys = [key for _ in range(4) for key in next(loader).keys]
         kinds = loader.report()
+        for built in loader._queue:
+            built.result()
+        # Each place once, whichever decoder found the damage.
+        assert loader._quarantine.seen - loader._quarantine.failed == loader._scheduled
     with _loader(str(photographs), 6, decoder="native", max_bad_fraction=1.0) as loader:
         assert keys == [key for _ in range(4) for key in next(loader).keys]
         assert loader.report() == kinds

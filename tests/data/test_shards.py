@@ -48,6 +48,7 @@ def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
         ("a::c", FileNotFoundError, "no file matches c"),
         ("a/{000..002}.tar", FileNotFoundError, r"no file a/002\.tar \(from a/\{000\.\.002\}"),
         ("a/{1..0}.tar", ValueError, "runs backwards"),
+        ("a/{0..99999}{00..99}.tar", ValueError, "mean more than 1,000,000 shards"),
         ("a::", ValueError, "between :: is empty"),
         ("::a", ValueError, "between :: is empty"),
         ("pipe:cat a.tar", ValueError, "pipe:cat …: commands from settings are not run; give the"),
