@@ -116,6 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("path", type=Path, help="a run's folder")
     show.set_defaults(run=_show)
 
+    report = verbs.add_parser("report", help="one HTML file about a run: curves, mistakes, finds")
+    report.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
+    report.add_argument("--out", type=Path, help="the file; report.html in the run's folder")
+    report.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    report.add_argument("overrides", nargs="*", metavar="eval.field=value")
+    report.set_defaults(run=_report)
+
     export = verbs.add_parser("export", help="write weights for another library")
     export.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
     export.add_argument("directory", type=Path, help="where to write")
@@ -208,6 +215,13 @@ def _show(options: argparse.Namespace) -> int:
 
     for line in show(options.path):
         print(line)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fastclip.run_report import write_report
+
+    print(write_report(options.path, options.out, options.overrides, device=options.device))
     return 0
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastclip.checkpoint import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
-from fastclip.data.eval_loader import eval_batches
+from fastclip.data.eval_loader import eval_batches, eval_pixels
 from fastclip.data.index import METADATA_EXTENSION, index_shards
 from fastclip.data.remote import shown
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
@@ -131,10 +131,12 @@ def _search(
     """For some of the classes that the task's images show, the images that fit their names best."""
     classes = load_classes(task.classes)
     templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-    features, targets, pixels = [], [], []
+    features, targets = [], []
+    numbers: list[int] = []
+    index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
     with torch.no_grad():
         for batch in eval_batches(
-            index_shards(task.shards, needs=(METADATA_EXTENSION,)),
+            index,
             image_size=config.model.vision.image_size,
             tokenizer=tokenizer,
             batch_size=config.eval.batch_size,
@@ -144,7 +146,7 @@ def _search(
         ):
             features.append(model(images=batch.images).image_features)
             targets.append(classes.index(batch, shown(task.shards)))
-            pixels.append(batch.images)
+            numbers += batch.numbers
         images, target = torch.cat(features), torch.cat(targets)
         present = target.unique()
         # Spread over the list of classes, so that neighbours do not fill the sheet.
@@ -161,17 +163,21 @@ def _search(
             ),
         )
     scores = texts @ images.T
-    all_pixels = torch.cat(pixels)
     rows = []
-    for place, name, row in zip(chosen, names, scores, strict=True):
-        best = row.topk(min(_SHEET_IMAGES, len(row)))
+    for place, name, found in zip(chosen, names, scores, strict=True):
+        best = found.topk(min(_SHEET_IMAGES, len(found)))
         hits = [
             Hit(
-                all_pixels[number].permute(1, 2, 0).numpy(),
+                eval_pixels(
+                    index,
+                    numbers[row],
+                    config.model.vision.image_size,
+                    apply_orientation=config.data.apply_orientation,
+                ),
                 score,
-                int(target[number]) == place,
+                int(target[row]) == place,
             )
-            for score, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         rows.append((fill(templates, name)[0], hits))
     return rows

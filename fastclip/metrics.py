@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import logging
 import math
+import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastclip import __version__
 from fastclip.flops import peak_flops
 
 logger = logging.getLogger("fastclip")
+
+_STATED_VERSIONS = ("torch", "triton", "deepspeed", "numpy", "pillow", "simplejpeg")
+"""Of the packages that a run's numbers and speed may depend on."""
 
 
 class Throughput:
@@ -101,6 +110,8 @@ def peak_memory(device: torch.device) -> int:
 class RunLogger:
     """Writes a run's numbers: ``metrics.jsonl``, TensorBoard, W&B when asked, and the terminal.
 
+    ``launches.jsonl`` says of each launch when, where and with which versions it began.
+
     Numbers in the JSONL file round-trip to the bit. A number that is not finite is written as the
     text "inf", "-inf" or "nan", which every JSON reader accepts. All methods do nothing on ranks
     other than the main one.
@@ -128,6 +139,7 @@ class RunLogger:
         self.total_steps = total_steps
         if not is_main:
             return
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         cut_back(path, resume_at)
@@ -139,9 +151,19 @@ class RunLogger:
         self._begin = time.monotonic()
 
     def start(self, description: str) -> None:
-        """Say what is about to run."""
-        if self.is_main:
-            logger.info("%s", description)
+        """Say what is about to run; ``launches.jsonl`` keeps it, with the versions that it uses."""
+        if not self.is_main:
+            return
+        logger.info("%s", description)
+        launch = {
+            "begin": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": self._first_step,
+            "description": description,
+            "machine": _machine(),
+            "versions": _versions(),
+        }
+        with (self.directory / "launches.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(launch) + "\n")
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Log a training step; tensors are read from the device here and not before."""
@@ -209,6 +231,20 @@ class RunLogger:
         if values.get("update_applied") == 0.0:
             parts.append("UPDATE SKIPPED (gradient not finite)")
         return " | ".join(parts)
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def _versions() -> dict[str, str]:
+    found = {"fastclip": __version__, "python": platform.python_version()}
+    for name in _STATED_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def duration(seconds: float) -> str:

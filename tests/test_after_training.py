@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_pictures_are_drawn(run: Path) -> None:
     for name in ("learning_curve.png", "contact_sheet_shapes.png"):
         assert name in printed
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_one_file(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "some" / "report.html"
+    assert str(out) in _fastclip("report", str(run), f"--out={out}", "--device=cpu")
+    page = out.read_text()
+    numbers = _evaluations(run)[12]
+    for figure in (
+        f"{numbers['zero_shot/shapes/top1']:.2%}",
+        f"{numbers['retrieval/pairs/image_to_text_r5']:.2%}",
+        f"{numbers['retrieval/pairs/text_to_image_r1']:.2%}",
+        "<td>48</td>",  # images
+        torch.__version__,
+        "12 steps of 24 pairs on 2 rank(s)",
+        "&#34;zero_stage&#34;: 3",
+    ):
+        assert figure in page
+    assert page.count("<svg") >= 9  # four of training, three of evaluations, two or more of speed
+    sources = re.findall(r"(?:src|href)=[\"']([^\"']*)", page)
+    assert len(sources) > 20
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
 
 
 def test_events_and_config_lie_beside_the_run(run: Path) -> None:

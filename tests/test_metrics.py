@@ -102,6 +102,18 @@ def test_a_resumed_run_cuts_what_it_will_do_again(tmp_path: Path) -> None:
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_launches_are_recorded(tmp_path: Path) -> None:
+    for step in (0, 3):
+        log = _logger(tmp_path, resume_at=step)
+        log.start(f"from step {step}")
+        log.end({})
+    launches = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
+    assert [launch["step"] for launch in launches] == [0, 3]
+    assert launches[1]["description"] == "from step 3"
+    assert launches[0]["versions"]["torch"] == torch.__version__
+    assert launches[0]["begin"] <= launches[1]["begin"]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = _logger(tmp_path / "run", is_main=False)
     log.start("x")

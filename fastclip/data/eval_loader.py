@@ -7,15 +7,16 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastclip.data.batch import Batch
 from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import ImageDecoder, build_decoder
-from fastclip.data.index import ShardIndex
+from fastclip.data.index import Sample
 from fastclip.data.quarantine import Quarantine
 from fastclip.data.reader import Members
 from fastclip.data.remote import stop_with
@@ -25,8 +26,16 @@ from fastclip.tokenizer import Tokenizer
 logger = logging.getLogger("fastclip")
 
 
+class SampleSource(Protocol):
+    """Samples by number: those of shards (`ShardIndex`) or of a folder (`FolderIndex`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Sample: ...
+
+
 def eval_batches(
-    index: ShardIndex,
+    index: SampleSource,
     *,
     image_size: int,
     tokenizer: Tokenizer,
@@ -44,7 +53,7 @@ def eval_batches(
     out.
 
     Args:
-        index: from `index_shards`.
+        index: from `index_shards` or `index_folder`.
         caption_key: as in `DataConfig`; None for images without captions (tokens are then empty
             texts).
         apply_orientation: as in `DataConfig`.
@@ -75,7 +84,7 @@ def eval_batches(
 
 
 def _build(
-    index: ShardIndex,
+    index: SampleSource,
     numbers: range,
     image_size: int,
     tokenizer: Tokenizer,
@@ -84,7 +93,7 @@ def _build(
     decoder: ImageDecoder,
 ) -> Batch:
     images = np.empty((len(numbers), image_size, image_size, 3), np.uint8)
-    captions, keys = [], []
+    captions, keys, places = [], [], []
     metadata: list[dict[str, Any]] = []
     for number in numbers:
         sample = index[number]
@@ -100,6 +109,7 @@ def _build(
         captions.append(caption)
         metadata.append(about)
         keys.append(sample.key)
+        places.append(number)
     width = tokenizer.context_length
     tokens = torch.zeros((0, width), dtype=torch.int32)
     lengths = torch.zeros((0,), dtype=torch.int32)
@@ -113,4 +123,20 @@ def _build(
         keys=tuple(keys),
         captions=tuple(captions),
         metadata=tuple(metadata),
+        numbers=tuple(places),
     )
+
+
+def eval_pixels(
+    index: SampleSource, number: int, image_size: int, *, apply_orientation: bool = False
+) -> NDArray[np.uint8]:
+    """The pixels of one sample as `eval_batches` gives them, [R, R, 3].
+
+    Raises:
+        BadSampleError: the sample cannot be used.
+    """
+    decoder = build_decoder("auto", apply_orientation=apply_orientation)
+    pixels = np.empty((image_size, image_size, 3), np.uint8)
+    image = decoder.open(Members(index[number]).image)
+    decoder.decode(image, centre_crop(*image.size), pixels)
+    return pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,24 @@ def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor, groups: Tenso
     return torch.cat(ranks)
 
 
+def group_captions(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Each pair's text, where equal captions are one text.
+
+    Returns:
+        groups: int64 [N], a text's place among the different captions, first come first.
+        first_rows: int64 [texts], the first pair of each.
+    """
+    places: dict[str, int] = {}
+    first_rows = []
+    groups = torch.empty(len(captions), dtype=torch.int64)
+    for row, caption in enumerate(captions):
+        if caption not in places:
+            places[caption] = len(places)
+            first_rows.append(row)
+        groups[row] = places[caption]
+    return groups, torch.tensor(first_rows, dtype=torch.int64)
+
+
 def retrieval(
     model: Clip,
     tokenizer: Tokenizer,
@@ -114,18 +133,9 @@ def retrieval(
             f"retrieval task {task.name}: no pair of {shown(task.shards)} could be read"
         )
 
-    # A text's group is its place among the different captions, first come first.
-    places: dict[str, int] = {}
-    first_rows = []
-    groups = torch.empty(len(flat), dtype=torch.int64)
-    for row, caption in enumerate(flat):
-        if caption not in places:
-            places[caption] = len(places)
-            first_rows.append(row)
-        groups[row] = places[caption]
-    groups = groups.to(images.device)
-    distinct = texts[torch.tensor(first_rows, device=texts.device)]
-    text_groups = torch.arange(len(places), device=texts.device)
+    groups, first_rows = (x.to(images.device) for x in group_captions(flat))
+    distinct = texts[first_rows]
+    text_groups = torch.arange(len(distinct), device=texts.device)
 
     # Each rank asks its share of the questions.
     def mine(x: Tensor) -> Tensor:
@@ -136,8 +146,8 @@ def retrieval(
     hits = [[int((ranks < k).sum()) for k in RECALL_AT] for ranks in (image_ranks, text_ranks)]
     everyone = all_gather_objects(hits)
     result: dict[str, float] = {}
-    directions = (("image_to_text", len(flat)), ("text_to_image", len(places)))
+    directions = (("image_to_text", len(flat)), ("text_to_image", len(distinct)))
     for direction, (name, total) in enumerate(directions):
         for place, k in enumerate(RECALL_AT):
             result[f"{name}_r{k}"] = sum(hit[direction][place] for hit in everyone) / total
-    return {**result, "images": float(len(flat)), "texts": float(len(places))}
+    return {**result, "images": float(len(flat)), "texts": float(len(distinct))}

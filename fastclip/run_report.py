@@ -1,0 +1,379 @@
+"""``fastclip report``: a run's numbers, mistakes and finds, worked out for its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip.config import TrainConfig, apply_overrides, load_config, to_dict
+from fastclip.data.eval_loader import eval_batches, eval_pixels
+from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, ShardIndex, index_shards
+from fastclip.data.remote import shown
+from fastclip.data.rewriting import write_whole
+from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.eval.prompts import fill, imagenet_templates
+from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, best_ranks, group_captions
+from fastclip.eval.zero_shot import ZeroShotTask, build_classifier, load_classes, rank_of_target
+from fastclip.evaluate import load_trained, run_folder
+from fastclip.metrics import duration
+from fastclip.models.clip import Clip
+from fastclip.ops.similarity import similarity, similarity_topk
+from fastclip.report.learning_curve import read_metrics
+from fastclip.report.page import (
+    Confusion,
+    Matrix,
+    Picture,
+    RetrievalPart,
+    RunPage,
+    ZeroShotPart,
+    picture,
+    render,
+)
+from fastclip.report.run_curves import evaluation_curves, speed_curves, training_curves
+from fastclip.tokenizer import Tokenizer
+
+_GALLERY_TEXTS, _GALLERY_IMAGES = 8, 7
+_CONFUSIONS = 12
+_MATRIX_CLASSES = 30
+_BATCH_PAIRS = 20
+
+
+def write_report(
+    path: Path, out: Path | None, overrides: Sequence[str] = (), *, device: str = "auto"
+) -> Path:
+    """Write the report of a run as one HTML file; returns where.
+
+    Args:
+        path: a run's folder, or a checkpoint in it; the newest is described otherwise.
+        out: the file; None: ``report.html`` in the run's folder.
+        overrides: of the run's config (``eval.batch_size=64``), for where its data lie now.
+
+    Raises:
+        FileNotFoundError: there is no run, no metrics, no checkpoint, or its data are elsewhere.
+        ValueError: a file of it is damaged, or a field does not exist.
+        ImportError: matplotlib or jinja2 is not installed.
+    """
+    folder = run_folder(path)
+    config = apply_overrides(load_config(folder / "config.json"), list(overrides))
+    rows = read_metrics(folder / "metrics.jsonl")
+    model, checkpoint = load_trained(path)
+    config.data.configure_remote()
+    runtime = initialise(device)
+    try:
+        if runtime.world_size > 1:
+            raise ValueError("a report is made by one process: start it without a launcher")
+        with torch.inference_mode():
+            view = _View(model.to(runtime.device), config, runtime)
+            page = RunPage(
+                title=f"Run {folder.resolve().name}",
+                subtitle=f"{checkpoint.name} of {folder}",
+                facts=_facts(rows, config, model),
+                curves=[*training_curves(rows), *evaluation_curves(rows)],
+                speed=speed_curves(rows),
+                zero_shot=[view.zero_shot(task) for task in config.eval.zero_shot],
+                retrieval=[view.retrieval(task) for task in config.eval.retrieval],
+                **_origin(folder),
+                config=json.dumps(to_dict(config), indent=2, ensure_ascii=False),
+                notes=_notes(rows, config),
+            )
+    finally:
+        shutdown()
+    target = out or folder / "report.html"
+    text = render(page)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, lambda file: file.write(text.encode()))
+    return target
+
+
+@dataclass
+class _View:
+    """A model's answers to the tasks of its run."""
+
+    model: Clip
+    config: TrainConfig
+    runtime: Runtime
+
+    def __post_init__(self) -> None:
+        self.size = self.config.model.vision.image_size
+        self.tokenizer = Tokenizer(context_length=self.config.model.text.context_length)
+
+    def zero_shot(self, task: ZeroShotTask) -> ZeroShotPart:
+        """Accuracy, mistakes and finds."""
+        classes = load_classes(task.classes)
+        templates = imagenet_templates() if task.templates == "imagenet" else task.templates
+        classifier = build_classifier(
+            self.model,
+            self.tokenizer,
+            classes.names,
+            templates,
+            batch_size=self.config.eval.batch_size,
+            runtime=self.runtime,
+        )
+        index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
+        features, targets, numbers = [], [], []
+        for batch in self._batches(index, None):
+            features.append(self.model(images=batch.images.to(self.runtime.device)).image_features)
+            targets.append(classes.index(batch, shown(task.shards)))
+            numbers += batch.numbers
+        if not numbers:
+            raise ValueError(f"zero-shot task {task.name}: no image could be read")
+        images, target = torch.cat(features), torch.cat(targets).to(self.runtime.device)
+        ranks, answers = [], []
+        for begin in range(0, len(images), 4096):
+            scores = similarity(images[begin : begin + 4096], classifier, normalize=False)
+            ranks.append(rank_of_target(scores, target[begin : begin + 4096]))
+            answers.append(scores.argmax(dim=1))
+        rank, answer = torch.cat(ranks), torch.cat(answers)
+        shots = _Shots(index, numbers, self.size, self.config.data.apply_orientation)
+        present = target.unique()
+        chosen = present[:: max(1, len(present) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
+        best = similarity_topk(
+            classifier[chosen], images, min(_GALLERY_IMAGES, len(images)), normalize=False
+        )
+        gallery = [
+            (
+                fill(templates, classes.names[place])[0],
+                shots.found(values, rows, [int(target[row]) == place for row in rows]),
+            )
+            for place, values, rows in zip(
+                chosen.tolist(), best[0].tolist(), best[1].tolist(), strict=True
+            )
+        ]
+        return ZeroShotPart(
+            name=task.name,
+            images=len(images),
+            classes=len(classes.names),
+            top1=float((rank < 1).float().mean()),
+            top5=float((rank < 5).float().mean()),
+            confusions=_confusions(classes.names, target, answer, shots),
+            matrix=_confusion_matrix(classes.names, target, answer),
+            gallery=gallery,
+        )
+
+    def retrieval(self, task: RetrievalTask) -> RetrievalPart:
+        """Recall, finds in both directions, and the similarities of some pairs."""
+        need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
+        index = index_shards(task.shards, needs=(need,))
+        image_parts, text_parts, numbers = [], [], []
+        captions: list[str] = []
+        device = self.runtime.device
+        for batch in self._batches(index, task.caption_key):
+            output = self.model(images=batch.images.to(device), tokens=batch.tokens.to(device))
+            image_parts.append(output.image_features)
+            text_parts.append(output.text_features)
+            captions += batch.captions
+            numbers += batch.numbers
+        if not numbers:
+            raise ValueError(f"retrieval task {task.name}: no pair could be read")
+        images, texts = torch.cat(image_parts), torch.cat(text_parts)
+        groups, first_rows = group_captions(captions)
+        groups, distinct = groups.to(device), texts[first_rows.to(device)]
+        names = [captions[row] for row in first_rows.tolist()]
+        places = torch.arange(len(names), device=device)
+        recall = [
+            (way, [float((ranks < k).float().mean()) for k in RECALL_AT])
+            for way, ranks in (
+                ("text found for an image", best_ranks(images, distinct, groups, places)),
+                ("image found for a text", best_ranks(distinct, images, places, groups)),
+            )
+        ]
+        shots = _Shots(index, numbers, self.size, self.config.data.apply_orientation)
+        asked = places[:: max(1, len(names) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
+        values, rows = similarity_topk(
+            distinct[asked], images, min(_GALLERY_IMAGES, len(images)), normalize=False
+        )
+        text_to_image = [
+            (
+                names[place],
+                shots.found(values, rows, [int(groups[row]) == place for row in rows]),
+            )
+            for place, values, rows in zip(
+                asked.tolist(), values.tolist(), rows.tolist(), strict=True
+            )
+        ]
+        shown_rows = first_rows.to(device)[asked]
+        values, found = similarity_topk(
+            images[shown_rows], distinct, min(5, len(names)), normalize=False
+        )
+        image_to_text = [
+            (
+                shots.picture(row),
+                [
+                    (names[place], value, place == int(groups[row]))
+                    for value, place in zip(values, places, strict=True)
+                ],
+            )
+            for row, values, places in zip(
+                shown_rows.tolist(), values.tolist(), found.tolist(), strict=True
+            )
+        ]
+        spread = first_rows[:: max(1, len(first_rows) // _BATCH_PAIRS)][:_BATCH_PAIRS]
+        return RetrievalPart(
+            name=task.name,
+            recall=recall,
+            images=len(images),
+            texts=len(names),
+            text_to_image=text_to_image,
+            image_to_text=image_to_text,
+            similarities=_similarities(images, texts, spread, captions, shots),
+        )
+
+    def _batches(self, index: ShardIndex, caption_key: str | None) -> Iterator[Any]:
+        return eval_batches(
+            index,
+            image_size=self.size,
+            tokenizer=self.tokenizer,
+            batch_size=self.config.eval.batch_size,
+            workers=self.config.eval.workers,
+            caption_key=caption_key,
+            apply_orientation=self.config.data.apply_orientation,
+        )
+
+
+@dataclass(frozen=True)
+class _Shots:
+    """Pictures of samples, read again when they are shown: all of a set may not fit in memory."""
+
+    index: ShardIndex
+    numbers: Sequence[int]
+    size: int
+    apply_orientation: bool
+
+    def picture(
+        self, row: int, *, score: float | None = None, right: bool | None = None
+    ) -> Picture:
+        number = self.numbers[row]
+        pixels = eval_pixels(
+            self.index, number, self.size, apply_orientation=self.apply_orientation
+        )
+        return picture(pixels, score=score, right=right, name=self.index[number].key)
+
+    def found(
+        self, scores: Sequence[float], rows: Sequence[int], right: Sequence[bool]
+    ) -> list[Picture]:
+        return [
+            self.picture(row, score=score, right=hit)
+            for score, row, hit in zip(scores, rows, right, strict=True)
+        ]
+
+
+def _confusions(
+    names: Sequence[str], target: Tensor, answer: Tensor, shots: _Shots
+) -> list[Confusion]:
+    """The commonest mistakes; of equally common ones, those spread over the classes."""
+    truth, said = target.tolist(), answer.tolist()
+    of = Counter(truth)
+    first: dict[tuple[int, int], int] = {}
+    counts: Counter[tuple[int, int]] = Counter()
+    for row, pair in enumerate(zip(truth, said, strict=True)):
+        if pair[0] != pair[1]:
+            counts[pair] += 1
+            first.setdefault(pair, row)
+    most = counts.most_common()
+    if most and most[0][1] == 1:
+        most = most[:: max(1, len(most) // _CONFUSIONS)]
+    return [
+        Confusion(names[a], names[b], count, of[a], shots.picture(first[a, b]))
+        for (a, b), count in most[:_CONFUSIONS]
+    ]
+
+
+def _confusion_matrix(names: Sequence[str], target: Tensor, answer: Tensor) -> Matrix | None:
+    if len(names) > _MATRIX_CLASSES:
+        return None
+    size = len(names)
+    counts = torch.bincount(target * size + answer, minlength=size * size).view(size, size)
+    of = counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return Matrix(names, names, counts.tolist(), 0, (counts / of).tolist())
+
+
+def _similarities(
+    images: Tensor, texts: Tensor, rows: Tensor, captions: list[str], shots: _Shots
+) -> Matrix | None:
+    if len(rows) < 2:
+        return None
+    at = rows.to(images.device)
+    values = similarity(texts[at], images[at], normalize=False)
+    spread = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-6)
+    return Matrix(
+        [captions[row] for row in rows.tolist()],
+        (),
+        values.tolist(),
+        2,
+        spread.tolist(),
+        [shots.picture(row) for row in rows.tolist()],
+    )
+
+
+def _facts(
+    rows: Sequence[dict[str, Any]], config: TrainConfig, model: Clip
+) -> list[tuple[str, str]]:
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise ValueError("no training step has been logged yet")
+    last = steps[-1]
+    seconds = pairs = waited = 0.0
+    before = 0
+    for row in steps:
+        window = row.get("step_seconds") or 0.0
+        seconds += window * (row["step"] - before)
+        waited += window * (row["step"] - before) * (row.get("data_wait") or 0.0)
+        pairs += (row["step"] - before) * config.run.global_batch_size
+        before = row["step"]
+    memory = [row["memory_gib"] for row in steps if row.get("memory_gib") is not None]
+    facts = [
+        ("steps", f"{last['step']:,}"),
+        ("epochs", f"{last['epoch']:.2f}"),
+        ("pairs seen", f"{pairs:,.0f}"),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M"),
+        ("last loss", f"{float(last['loss']):.4f}"),
+        ("logit scale", f"{float(last['logit_scale']):.2f}"),
+    ]
+    if seconds:
+        facts += [
+            ("training time", duration(seconds)),
+            ("pairs per second", f"{pairs / seconds:,.0f}"),
+            ("waiting for data", f"{waited / seconds:.1%}"),
+        ]
+    if memory:
+        facts.append(("peak memory", f"{max(memory):.2f} GiB"))
+    return facts
+
+
+def _notes(rows: Sequence[dict[str, Any]], config: TrainConfig) -> list[str]:
+    notes = []
+    bad = [row for row in rows if "loss" in row and not math.isfinite(float(row["loss"]))]
+    if bad:
+        notes.append(f"{len(bad)} logged step(s) had a loss that is not finite.")
+    skipped = max((row.get("skipped_steps") or 0 for row in rows), default=0)
+    if skipped:
+        notes.append(f"{skipped:,.0f} update(s) were skipped: their gradient was not finite.")
+    if not config.eval.zero_shot and not config.eval.retrieval:
+        notes.append("This run has no evaluation tasks: eval.zero_shot, eval.retrieval.")
+    return notes
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What the launches say of themselves; runs of older versions say nothing."""
+    path = folder / "launches.jsonl"
+    launches = []
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                launches.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    shown_launches = [
+        (each["begin"].replace("T", " "), f"{each['step']:,}", each["description"], each["machine"])
+        for each in launches
+    ]
+    versions = list(launches[-1]["versions"].items()) if launches else []
+    return {"launches": shown_launches, "versions": versions}
