@@ -2,28 +2,29 @@
 
 Emoji in nine drawing styles with their CLDR names, flags in four, game icons, photographs of foods,
 handwritten digits. Whole drawing styles are held out, so that zero-shot accuracy is measured on
-renderings that training has never seen; so are one in twenty captions.
+renderings that training has never seen; so are one in twenty captions, and one in twenty drawings
+whose concept and whose style are both trained on. Words drawn as pictures are for evaluation only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastclip.data.demo_debian import DEBIAN_PACKAGES, debian_pictures
+from fastclip.data.demo_debian import DEBIAN_PACKAGES, LANGUAGES, debian_pictures
 from fastclip.data.demo_packages import PACKAGES, fetch
+from fastclip.data.demo_rendered import rendered_pictures
 from fastclip.data.demo_sources import (
-    DIGIT_WORDS,
     EMOJI_STYLES,
     FLAG_STYLES,
+    FOODS,
     Picture,
     country_names,
     digit_pictures,
@@ -32,16 +33,22 @@ from fastclip.data.demo_sources import (
     food_pictures,
     game_icon_pictures,
     read_emoji,
+    stable_hash,
 )
+from fastclip.data.demo_suite import SUITE, classes, dataset
 from fastclip.data.shard_writer import sha256, write_shard
 
 logger = logging.getLogger("fastclip")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELD_OUT_STYLES = ("fluent-emoji-flat", "fxemoji", "flagpack")
 TRAIN_DIGITS_PER_CLASS = 100
 SAMPLES_PER_SHARD = 2048
-_HELD_OUT_CAPTIONS = 20  # one in so many
+# One in so many is held out:
+_CAPTIONS = 20
+_DRAWINGS = 20
+_FOODS = 4
+_STAMPS = 5
 
 
 def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
@@ -50,11 +57,17 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
     ===========================  ==================================================================
     train/                       what is trained on
     test-captions/               the same styles, captions that are not in train/
-    test-digits/                 the same digits, by other hands
+    test-seen-styles/,           emoji and flags of which both caption and style are in train/, but
+    test-seen-flags/             not together
+    test-digits/                 the same ten digits, other pictures
+    test-foods/                  photographs of foods, for classification by group
+    test-tux-paint/              stamps with captions in many languages, none in train/; only `full`
     style-fluent-emoji-flat/,    drawing styles of which nothing is in train/
     style-fxemoji/,
     style-flagpack/
     classes/                     names for zero-shot classification
+    suite/                       evaluation sets for ``fastclip eval --datasets``; two with pictures
+                                 of their own, of words and of short judgements
     SOURCES.md, manifest.json    where everything comes from, under which licence; sums
     ===========================  ==================================================================
 
@@ -80,25 +93,24 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
     pictures = list(_npm_pictures(downloads))
     if full:
         pictures += debian_pictures(downloads)
-    labels = sorted({picture.label for picture in pictures})
+    splits = split_pictures(pictures) | rendered_pictures()
+    everything = [picture for members in splits.values() for picture in members]
+    labels = sorted({picture.label for picture in everything})
     label_ids = {label: number for number, label in enumerate(labels)}
-    splits: dict[str, list[Picture]] = {}
-    for picture in sorted(pictures, key=lambda each: _hash(each.key)):
-        splits.setdefault(_split(picture), []).append(picture)
 
     building = directory / ".building"
     shutil.rmtree(building, ignore_errors=True)
-    sums: dict[str, str] = {}
     counts: dict[str, int] = {}
     for split, members in sorted(splits.items()):
         logger.info("drawing %6d pictures of %s", len(members), split)
-        written, counts[split] = _write_split(building, split, members, label_ids, size)
-        sums |= written
-    classes = building / "classes"
-    classes.mkdir()
-    for name, content in _classes(downloads).items():
-        _write_json(classes / f"{name}.json", content)
-    (building / "SOURCES.md").write_text(_sources(pictures), encoding="utf-8")
+        counts[split] = _write_split(building / split, members, label_ids, size)
+    for name, content in classes(read_emoji(downloads), everything).items():
+        _write_json(building / "classes" / f"{name}.json", content)
+    for suite_set in SUITE:
+        _write_json(building / "suite" / suite_set.name / "dataset.json", dataset(suite_set))
+    (building / "SOURCES.md").write_text(_sources(everything), encoding="utf-8")
+    files = sorted(path for path in building.rglob("*") if path.is_file())
+    sums = {path.relative_to(building).as_posix(): sha256(path) for path in files}
     for path in sorted(building.iterdir()):
         target = directory / path.name
         if target.is_dir():
@@ -109,7 +121,7 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
         **settings,
         "labels": len(labels),
         "pairs": counts,
-        "pairs_by_style": dict(sorted(Counter(p.style for p in pictures).items())),
+        "pairs_by_style": dict(sorted(Counter(p.style for p in everything).items())),
         "packages": {package.name: package.version for package in PACKAGES},
         "sha256": sums,
     }
@@ -128,27 +140,60 @@ def _npm_pictures(downloads: Path) -> Iterator[Picture]:
     yield from digit_pictures(downloads)
 
 
+def split_pictures(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
+    """The pictures of each split, in an order that neither their sets nor their names decide.
+
+    Some drawings and photographs occur under several names (one flag of two countries, one goat for
+    all its parts). Those of test-seen-styles/, test-seen-flags/ and test-foods/ are not in train/
+    under another name.
+    """
+    ordered = sorted(pictures, key=lambda each: stable_hash(each.key))
+    splits: dict[str, list[Picture]] = {}
+    drawings = [each for each in ordered if _is_drawing(each) and _split(each) == "train"]
+    trained = Counter(each.label for each in drawings)
+    copies = Counter(each.original for each in drawings)
+    photographs: dict[str | None, dict[bytes, int]] = {}
+    for picture in ordered:
+        split = _split(picture)
+        if split == "train" and picture.source == FOODS:
+            # Counted within each group, so that every group that is tested is trained on, too.
+            numbers = photographs.setdefault(picture.group, {})
+            number = numbers.setdefault(picture.original, len(numbers) + 1)
+            split = "test-foods" if number % _FOODS == 0 else "train"
+        elif split == "train" and _is_drawing(picture):
+            chosen = stable_hash(picture.key) % _DRAWINGS == 0
+            if chosen and trained[picture.label] > 1 and copies[picture.original] == 1:
+                trained[picture.label] -= 1
+                is_flag = picture.style in FLAG_STYLES
+                split = "test-seen-flags" if is_flag else "test-seen-styles"
+        splits.setdefault(split, []).append(picture)
+    return splits
+
+
+def _is_drawing(picture: Picture) -> bool:
+    """Whether it is one of several drawings of the same emoji or flag."""
+    return picture.style in EMOJI_STYLES + FLAG_STYLES
+
+
 def _split(picture: Picture) -> str:
+    """Where its style and its caption alone would put a picture."""
     if picture.style in HELD_OUT_STYLES:
         return f"style-{picture.style}"
     if picture.source == "mnist":  # ten labels: all of them are trained on
         return "train" if picture.more["number"] < TRAIN_DIGITS_PER_CLASS else "test-digits"
-    held_out = _hash(picture.label) % _HELD_OUT_CAPTIONS == 0
-    return "test-captions" if held_out else "train"
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    number = stable_hash(picture.label)
+    # Each language is asked about the same stamps.
+    translated = all(f"caption_{language}" in picture.more for language in LANGUAGES)
+    if picture.style == "stamp" and number % _STAMPS == 0 and translated:
+        return "test-tux-paint"
+    return "test-captions" if number % _CAPTIONS == 0 else "train"
 
 
 def _write_split(
-    building: Path, split: str, pictures: list[Picture], label_ids: dict[str, int], size: int
-) -> tuple[dict[str, str], int]:
-    """Sums of the shards written, and how many pairs are in them."""
-    folder = building / split
+    folder: Path, pictures: list[Picture], label_ids: dict[str, int], size: int
+) -> int:
+    """Write a split's shards; how many pairs are in them."""
     folder.mkdir(parents=True)
-    sums = {}
-
     debian = {package.name for package in DEBIAN_PACKAGES}
 
     def members(picture: Picture) -> tuple[str, dict[str, bytes]] | None:
@@ -168,6 +213,7 @@ def _write_split(
             "group": picture.group,
             "subgroup": picture.subgroup,
             "licence": picture.licence,
+            **picture.more,
         }
         return picture.key, {
             picture.extension: image,
@@ -180,30 +226,9 @@ def _write_split(
         for first in range(0, len(pictures), SAMPLES_PER_SHARD):
             drawn = pool.map(members, pictures[first : first + SAMPLES_PER_SHARD])
             samples = [sample for sample in drawn if sample is not None]
-            path = folder / f"{first // SAMPLES_PER_SHARD:05d}.tar"
-            sums[f"{split}/{path.name}"] = write_shard(path, samples)
+            write_shard(folder / f"{first // SAMPLES_PER_SHARD:05d}.tar", samples)
             count += len(samples)
-    return sums, count
-
-
-def _classes(downloads: Path) -> dict[str, dict[str, Any]]:
-    emoji = read_emoji(downloads)
-    return {
-        "emoji": {"label_field": "label", "classes": [each.label for each in emoji]},
-        "flags": {"label_field": "label", "classes": sorted(country_names(emoji).values())},
-        "digits": {
-            "label_field": "label",
-            "classes": [f"handwritten digit {word}" for word in DIGIT_WORDS],
-        },
-        "emoji-groups": {
-            "label_field": "group",
-            "classes": sorted({each.group for each in emoji}),
-        },
-        "emoji-subgroups": {
-            "label_field": "subgroup",
-            "classes": sorted({each.subgroup for each in emoji}),
-        },
-    }
+    return count
 
 
 def _sources(pictures: list[Picture]) -> str:
@@ -229,6 +254,10 @@ def _sources(pictures: list[Picture]) -> str:
         f"| {package.licence} | {counts[package.name]} |"
         for package in debian
     ]
+    lines.append(
+        f"| Pillow | as installed | words and sentences drawn here in Aileron, the font within it "
+        f"| Sora Sagano | CC0-1.0 | {counts['Pillow']} |"
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -260,6 +289,7 @@ def _require_pyvips() -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

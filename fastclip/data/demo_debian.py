@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +54,16 @@ DEBIAN_PACKAGES = (
     ),
 )
 
+LANGUAGES = (
+    *("cs", "da", "de", "el", "es", "fi", "fr", "hu", "id", "it"),
+    *("ja", "ka", "ko", "nl", "pl", "pt", "ru", "sv", "uk"),
+)
+"""Of the 77 languages that stamps are named in, those of nearly every stamp, in six scripts."""
+
 _NO_PICTURES = ("shapes", "special", "decorations", "logos")  # gradients, arrows, ornaments
 _TITLE = re.compile(rb"<dc:title[^>]*>([^<]*)</dc:title>")
 _KEYWORD = re.compile(rb"<rdf:li[^>]*>([^<]+)</rdf:li>")
+_TRANSLATION = re.compile(r"(\w+)\.utf8=(.*)")
 _NUMBERED = re.compile(r"[\s_-]*\d+$")
 
 
@@ -109,10 +116,21 @@ def _run(command: list[str], directory: Path) -> None:
         )
 
 
+def caption_fields(lines: Sequence[str]) -> dict[str, str]:
+    """A stamp's names in `LANGUAGES`, as json fields: {"caption_de": "Ein Blaureiher", ...}.
+
+    Args:
+        lines: of the stamp's text, such as ``de.utf8=Ein Blaureiher.``.
+    """
+    named = (_TRANSLATION.fullmatch(line) for line in lines)
+    texts = {match[1]: _sentence(match[2]) for match in named if match is not None}
+    return {f"caption_{name}": texts[name] for name in LANGUAGES if texts.get(name)}
+
+
 def _stamps(root: Path) -> Iterator[Picture]:
     for text in sorted(root.rglob("*.txt")):
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
-        label = lines[0].strip().rstrip(".") if lines else ""
+        label = _sentence(lines[0]) if lines else ""
         image = next(
             (f for f in (text.with_suffix(s) for s in (".png", ".svg")) if f.is_file()), None
         )
@@ -126,6 +144,7 @@ def _stamps(root: Path) -> Iterator[Picture]:
                 draw=functools.partial(_draw_file, image),
                 licence="GPL-2.0-or-later",
                 group=text.relative_to(root).parts[0],
+                more=caption_fields(lines[1:]),
             )
 
 
@@ -167,6 +186,10 @@ def _key(root: Path, path: Path) -> str:
     name = str(path.relative_to(root).with_suffix(""))
     # Names that differ in case or punctuation only stay apart by their sums.
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{zlib.crc32(name.encode()):08x}"
+
+
+def _sentence(text: str) -> str:
+    return text.strip().rstrip(".")
 
 
 def _text(raw: bytes) -> str:

