@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from typing import Any
 
@@ -11,11 +12,14 @@ from fastclip.data.decode import BadSampleError
 from fastclip.data.index import Sample
 from fastclip.data.storage import FILES
 
+WHOLE_FILE = 0
+"""Offset of an image that is a file of its own: in a tar, a header stands before every member."""
+
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 
 
 class Members:
-    """The members of one sample, read from its shard.
+    """The members of one sample, read from its shard, or an image that is a file of its own.
 
     Attributes:
         image: the encoded bytes.
@@ -25,6 +29,9 @@ class Members:
     """
 
     def __init__(self, sample: Sample) -> None:
+        if sample.image[0] == WHOLE_FILE:
+            self.image, self._caption, self._metadata = _read_file(sample), b"", b""
+            return
         places = (sample.image, sample.caption, sample.metadata)
         self.image, self._caption, self._metadata = FILES.read(sample.shard, places)
 
@@ -60,6 +67,17 @@ class Members:
         if not texts:
             raise BadSampleError("missing caption", f"empty text under {caption_key}")
         return texts
+
+
+def _read_file(sample: Sample) -> bytes:
+    path, (_, size) = str(sample.shard), sample.image
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise BadSampleError("unreadable", f"{path} is not what it was when it was listed")
+            return file.read(size)
+    except OSError as error:
+        raise BadSampleError("unreadable", f"{path}: {error.strerror}") from None
 
 
 def sentences(caption: str) -> list[str]:

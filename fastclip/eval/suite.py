@@ -9,6 +9,7 @@ import torch
 
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, retrieval
+from fastclip.eval.table import columns
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
 from fastclip.models.clip import Clip
 from fastclip.tokenizer import Tokenizer
@@ -120,20 +121,8 @@ def format_table(metrics: Mapping[str, float]) -> str:
     blocks = []
     if zero_shot_rows:
         heads = ["zero-shot", "images", "classes", "top-1", "top-5", "chance top-1"]
-        blocks.append(_columns([heads, *zero_shot_rows]))
+        blocks.append(columns([heads, *zero_shot_rows]))
     if retrieval_rows:
         ways = [f"{way} R@{k}" for way in ("text", "image") for k in RECALL_AT]
-        blocks.append(_columns([["retrieval", "images", "texts", *ways], *retrieval_rows]))
+        blocks.append(columns([["retrieval", "images", "texts", *ways], *retrieval_rows]))
     return "\n\n".join(blocks) or "no evaluation is configured"
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)

@@ -113,6 +113,29 @@ class Clip(nn.Module):
                 self.logit_bias,
             )
 
+    def represent(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-length image features, and what linear probes use; one pass through the tower.
+
+        The latter is before the projection for Vision Transformers: the class token, normalised.
+        For ResNets it is the attention pooling's output (arXiv 2103.00020, appendix A.3). Neither
+        torch.compile of whole towers nor parameters sharded by ZeRO-3 know of this method.
+
+        Args:
+            images: as for `forward`.
+
+        Returns:
+            Features [B, embed_dim] and representations [B, width], both in fp32 (fp64 from a model
+            in fp64).
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
+        with self.precision():
+            representation = self.visual.represent(self._pixels(images))
+            features = self.visual.proj(representation)
+        with torch.autocast(self.logit_scale.device.type, enabled=False):
+            return F.normalize(wide(features), dim=-1), wide(representation)
+
     def precision(self) -> AbstractContextManager[object]:
         """Autocast as the towers run under it; features are multiplied in its dtype, too."""
         if self.autocast_dtype is None:

@@ -123,6 +123,14 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, R, R] -> features [B, embed_dim], not yet of unit length."""
+        return self.proj(self.represent(images))
+
+    def represent(self, images: Tensor) -> Tensor:
+        """What `proj` is given: the pooled output, [B, embed_dim] unless the projection is an mlp.
+
+        With the paper's linear projection, which is the pooling's last layer, these are the
+        features themselves.
+        """
         x = images.contiguous(memory_format=self.memory_format)  # weights may be in either
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
@@ -131,4 +139,4 @@ class ModifiedResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = run_block(block, x, recompute=self.recompute)
-        return self.proj(self.attnpool(x))
+        return self.attnpool(x)

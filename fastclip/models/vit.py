@@ -48,6 +48,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, R, R] -> features [B, embed_dim], not yet of unit length."""
+        return self.proj(self.represent(images))
+
+    def represent(self, images: Tensor) -> Tensor:
+        """What `proj` is given: the normalised class token, [B, width]."""
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
         # The stream runs in the dtype of the products, not in the parameters' fp32.
         places = self.positional_embedding.to(patches.dtype)
@@ -61,7 +65,7 @@ class VisionTransformer(nn.Module):
             recompute=self.recompute,
             last_row=self.last_row,
         )
-        return self.proj(self.ln_post(x))
+        return self.ln_post(x)
 
     def _some(self, patches: Tensor) -> Tensor:
         """Those of [B, L, width] that are not dropped, in no order."""

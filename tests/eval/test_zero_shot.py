@@ -117,6 +117,22 @@ def test_more_ranks_than_classes(tmp_path: Path) -> None:
     torch.testing.assert_close(alone.norm(dim=1), torch.ones(2))
 
 
+def test_prompts_of_all_lengths_are_computed_once_and_without_padding() -> None:
+    """Every token of every prompt goes through the tower once, and nothing else does."""
+    model, tokenizer = _model(), Tokenizer(context_length=32)
+    names = ["fox", "a long name of a thing", "42", "x y z", "grey heron standing in the water"]
+    computed = []
+    model.text.blocks[0].register_forward_pre_hook(
+        lambda _, arguments: computed.append(arguments[0].shape[0])
+    )
+    with torch.no_grad():
+        found = build_classifier(model, tokenizer, names, TEMPLATES, batch_size=4, runtime=ALONE)
+        texts = [text for name in names for text in fill(TEMPLATES, name)]
+        assert sum(computed) == int(tokenizer.encode_batch(texts)[1].sum())
+        expected = model(tokens=tokenizer(texts)).text_features.view(5, 3, -1).mean(1)
+    torch.testing.assert_close(found, F.normalize(expected, dim=1))
+
+
 def test_ties_and_broken_numbers_count_against_the_model() -> None:
     scores = torch.tensor([[0.5, 0.5, 0.5], [0.1, 0.9, 0.3], [float("nan"), 0.2, 0.1]])
     assert rank_of_target(scores, torch.tensor([0, 1, 0])).tolist() == [2, 0, 2]

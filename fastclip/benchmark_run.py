@@ -1,0 +1,189 @@
+"""``fastclip eval --datasets``: a trained model on labelled data sets, and the results as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastclip.config import TrainConfig, apply_overrides, load_config
+from fastclip.data.rewriting import write_whole
+from fastclip.distributed.runtime import initialise, shutdown
+from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark, summary
+from fastclip.eval.datasets import nearest, paper_results
+from fastclip.eval.few_shot import equal_shots
+from fastclip.eval.layout import find_datasets
+from fastclip.eval.suite import EvalConfig
+from fastclip.evaluate import load_trained, run_folder
+from fastclip.models.config import ClipConfig
+from fastclip.models.presets import PRESETS
+from fastclip.report.few_shot_figure import FewShotCurve, draw_few_shot
+from fastclip.tokenizer import Tokenizer
+
+FORMAT = "fastclip benchmark 1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What was measured, of which model."""
+
+    checkpoint: Path
+    preset: str | None
+    """The paper's model beside it."""
+
+    same_scale: bool
+    """Whether the two have one architecture."""
+
+    protocol: Protocol
+    rows: list[Row]
+    is_main: bool
+    """Whether this is the rank that tells."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything that was asked for could not be done."""
+        return any(row.failures for row in self.rows)
+
+    def table(self) -> str:
+        """The results, a row for each data set, and their summary."""
+        return f"{format_rows(self.rows, self.preset)}\n\n{summary(self.rows)}"
+
+    def draw_few_shot(self, path: Path) -> None:
+        """Draw the data sets that have few-shot values beside their zero-shot ones.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there is none, or the path is neither .png nor .svg.
+        """
+        curves = [
+            FewShotCurve(
+                name=row.title,
+                zero_shot=row.zero_shot.value,
+                shots={k: (one.mean, one.low, one.high) for k, one in row.few_shot.items()},
+                equal_shots=equal_shots(row.zero_shot.value, row.few_shot),
+            )
+            for row in self.rows
+            if row.zero_shot is not None and row.few_shot
+        ]
+        draw_few_shot(curves, path)
+
+    def write_json(self, path: Path) -> None:
+        """Write the results, in one step.
+
+        An object: ``format``; ``checkpoint``, its path; ``preset``, the paper's model or null, and
+        ``same_scale``; ``protocol``, the fields of `Protocol`; ``rows``, for each data set the
+        fields of `Row`, where ``zero_shot`` is null or {value, low, high}, ``linear_probe`` null or
+        {value, strength, searched, …}, ``few_shot`` null or {shots: {mean, low, high, …}}, and
+        ``paper`` null or {zero_shot, linear_probe}; and ``comparable``: whether the paper's
+        zero-shot number is of the same data and architecture. Measures are fractions.
+        """
+        content = {
+            "format": FORMAT,
+            "checkpoint": str(self.checkpoint),
+            "preset": self.preset,
+            "same_scale": self.same_scale,
+            "protocol": dataclasses.asdict(self.protocol),
+            "rows": [
+                dataclasses.asdict(row)
+                | {"comparable": row.paper is not None and not row.zero_shot_differs}
+                for row in self.rows
+            ],
+        }
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write(text.encode()))
+
+
+def evaluate_datasets(
+    path: Path,
+    root: Path,
+    *,
+    only: Sequence[str] | None = None,
+    protocol: Protocol,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+) -> Benchmark:
+    """Measure a run's or a checkpoint's model on the data sets below `root`.
+
+    Works alone or under a launcher. A data set that fails does not stop the others.
+
+    Args:
+        only: names of data sets; None for all.
+        preset: the paper's model to set beside; None: the one of the same architecture, if any.
+        overrides: of the run's config, e.g. ``eval.batch_size=512``.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, no such folder, or no data set in it.
+        ValueError: the preset is none of the paper's, or an override does not fit.
+    """
+    if preset is not None and preset not in paper_results():
+        raise ValueError(
+            f"preset is one of the paper's models, {', '.join(paper_results())}, not "
+            f"{preset!r}{nearest(preset, paper_results())}"
+        )
+    names = find_datasets(root, only)
+    settings, apply_orientation = _settings(path, overrides)
+    runtime = initialise(device)
+    try:
+        model, checkpoint = load_trained(path)
+        preset = preset or _architecture(model.config)
+        same_scale = preset is not None and _scale(model.config) == _scale(PRESETS[preset])
+        rows = run_benchmark(
+            model.to(runtime.device),
+            Tokenizer(context_length=model.config.text.context_length),
+            root,
+            names=names,
+            protocol=protocol,
+            preset=preset,
+            same_scale=same_scale,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            image_size=model.config.vision.image_size,
+            runtime=runtime,
+            apply_orientation=apply_orientation,
+        )
+        return Benchmark(
+            checkpoint=checkpoint,
+            preset=preset,
+            same_scale=same_scale,
+            protocol=protocol,
+            rows=rows,
+            is_main=runtime.is_main,
+        )
+    finally:
+        shutdown()
+
+
+def _settings(path: Path, overrides: Sequence[str]) -> tuple[EvalConfig, bool]:
+    """How the run evaluates, and whether it turns images as EXIF says; the defaults without run."""
+    try:
+        folder = run_folder(path)
+    except FileNotFoundError:
+        if overrides:
+            raise
+        return EvalConfig(), False
+    config: TrainConfig = apply_overrides(load_config(folder / "config.json"), overrides)
+    config.data.configure_remote()
+    return config.eval, config.data.apply_orientation
+
+
+def _architecture(config: ClipConfig) -> str | None:
+    """The paper's model that this is one of."""
+    found = [name for name in paper_results() if _scale(PRESETS[name]) == _scale(config)]
+    return found[0] if found else None
+
+
+def _scale(config: ClipConfig) -> tuple[Any, ...]:
+    """What makes a model as large as another: the sizes of its towers."""
+    text = config.text
+    vision = dataclasses.asdict(config.vision)
+    vision.pop("activation", None)
+    return (
+        type(config.vision).__name__,
+        tuple(sorted(vision.items())),
+        (text.width, text.layers, text.heads),
+        config.embed_dim,
+    )
