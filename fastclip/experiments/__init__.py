@@ -1,0 +1,1 @@
+"""Experiments of papers, run anew on a small scale: verbs of ``fastclip experiment``."""
