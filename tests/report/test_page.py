@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from browser import browser_page, scrolls_sideways
 from fastclip.report.figures import line_chart
 from fastclip.report.page import (
     Confusion,
@@ -106,3 +108,24 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"fastclip-torch\[eval\]"):
         render(_page())
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
+def test_a_browser_asks_nobody_for_anything(tmp_path: Path, width: int, dark: bool) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(render(_page()), encoding="utf-8")
+    with browser_page(width=width, dark=dark) as watched:
+        watched.page.goto(path.as_uri())
+        watched.page.wait_for_load_state("networkidle")
+        asked = [each for each in watched.requests if not each.startswith("data:")]
+        assert asked == [path.as_uri()]
+        assert watched.complaints == []
+        assert not scrolls_sideways(watched.page)
+        assert watched.page.locator("img").evaluate_all(
+            "images => images.length > 3 && images.every(image => image.naturalWidth === 96)"
+        )
+        assert watched.page.locator("figure svg path").count() > 3
+        ink = watched.page.locator("figure svg text").first.evaluate(
+            "e => getComputedStyle(e).fill"
+        )
+        assert ink == ("rgb(230, 232, 234)" if dark else "rgb(29, 33, 38)")

@@ -1,0 +1,1 @@
+"""The web page of an image search, and the JSON that it is made of."""
