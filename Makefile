@@ -40,10 +40,14 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 # open_clip, timm and torchvision are peers in the parity tests. torchvision's dependencies would
 # replace a CPU build of torch, so the three come without theirs.
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo,dali,dev]"
+	$(PIP) --constraint constraints.txt --editable ".[train,eval,search,demo,dali,dev]"
 	$(PIP) --constraint constraints.txt --no-deps open_clip_torch timm torchvision
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	@touch $@
+
+# A browser for the tests of pages. Without one they are skipped, and say so.
+$(VENV)/.chromium: $(VENV)/.dev tests/install_chromium.py
+	@if $(BIN)/python tests/install_chromium.py; then touch $@; fi
 
 demo: $(VENV)/.train
 	$(BIN)/python -m fastclip data demo $(DEMO)/data
@@ -52,10 +56,10 @@ demo: $(VENV)/.train
 		fastclip train demo --data $(DEMO)/data run.device=cpu run.directory=$(DEMO)/run
 	$(BIN)/python -m fastclip show $(DEMO)/run
 
-test: check
+test: check $(VENV)/.chromium
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
-test-all: check
+test-all: check $(VENV)/.chromium
 	$(BIN)/python -m pytest --durations=30
 
 fuzz: $(VENV)/.dev

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fastclip import __version__
 from fastclip.cli_data import add_data_verbs
+from fastclip.cli_eval import add_eval_verbs
+from fastclip.cli_experiment import add_experiment_verbs
+from fastclip.cli_search import add_search_verbs
 
 if TYPE_CHECKING:
     from fastclip.recipes import Recipe
@@ -105,23 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes = verbs.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(run=_recipes)
 
-    evaluate = verbs.add_parser("eval", help="evaluate a run or a checkpoint")
-    evaluate.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
-    evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
-    evaluate.add_argument("overrides", nargs="*", metavar="eval.field=value")
-    evaluate.set_defaults(run=_eval)
-
-    show = verbs.add_parser("show", help="draw a run: contact sheet and learning curve")
-    show.add_argument("path", type=Path, help="a run's folder")
-    show.set_defaults(run=_show)
-
-    report = verbs.add_parser("report", help="one HTML file about a run: curves, mistakes, finds")
-    report.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
-    report.add_argument("--out", type=Path, help="the file; report.html in the run's folder")
-    report.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    report.add_argument("overrides", nargs="*", metavar="eval.field=value")
-    report.set_defaults(run=_report)
+    add_eval_verbs(verbs)
 
     export = verbs.add_parser("export", help="write weights for another library")
     export.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints")
@@ -133,6 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    add_search_verbs(verbs)
+    add_experiment_verbs(verbs)
     add_data_verbs(verbs)
 
     doctor = verbs.add_parser("doctor", help="what is installed and which parts will use it")
@@ -193,35 +182,6 @@ def _recipes(options: argparse.Namespace) -> int:
 
     for name, recipe in RECIPES.items():
         print(f"{name:14s} {(recipe.__doc__ or '').strip().splitlines()[0]}")
-    return 0
-
-
-def _eval(options: argparse.Namespace) -> int:
-    import json
-
-    from fastclip.eval.suite import format_table
-    from fastclip.evaluate import evaluate
-
-    metrics, is_main = evaluate(options.path, options.overrides, device=options.device)
-    if is_main:
-        print(format_table(metrics))
-        if options.json is not None:
-            options.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-def _show(options: argparse.Namespace) -> int:
-    from fastclip.evaluate import show
-
-    for line in show(options.path):
-        print(line)
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from fastclip.run_report import write_report
-
-    print(write_report(options.path, options.out, options.overrides, device=options.device))
     return 0
 
 
