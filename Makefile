@@ -1,4 +1,4 @@
-# make demo       set up, build real image–text shards, train on two ranks, evaluate, show
+# make demo       set up, build real image–text shards, train on two ranks, evaluate, show, search
 # make test       set up, run the checks and the everyday tests
 # make test-all   the same with the long tests
 # make fuzz       a million random texts through the native tokenizer and the Python one
@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 RANKS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# What the demo's model is shown that it was not trained on.
+HELD_OUT := style-fluent-emoji-flat style-fxemoji style-flagpack test-foods
+SPACE := $(subst ,, )
 export PYTHONUNBUFFERED := 1
 # The native tokenizer: a failure to compile it is an error here, not a warning.
 export FASTCLIP_NATIVE ?= 1
@@ -34,7 +37,7 @@ $(VENV)/.torch: Makefile
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.inl csrc/tables/*.inc)
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PIP) --constraint constraints.txt --editable ".[train,eval,demo]"
+	$(PIP) --constraint constraints.txt --editable ".[train,eval,search,demo]"
 	@touch $@
 
 # open_clip, timm and torchvision are peers in the parity tests. torchvision's dependencies would
@@ -55,6 +58,12 @@ demo: $(VENV)/.train
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS) --module \
 		fastclip train demo --data $(DEMO)/data run.device=cpu run.directory=$(DEMO)/run
 	$(BIN)/python -m fastclip show $(DEMO)/run
+	$(BIN)/python -m fastclip report $(DEMO)/run
+	rm -rf $(DEMO)/index
+	$(BIN)/python -m fastclip embed "$(subst $(SPACE),::,$(HELD_OUT:%=$(DEMO)/data/%))" \
+		--model $(DEMO)/run --out $(DEMO)/index
+	$(BIN)/python -m fastclip search $(DEMO)/index "red apple" "flag: Japan" --sheet $(DEMO)/found.png
+	@echo 'In the browser: $(BIN)/python -m fastclip serve $(DEMO)/index, and $(DEMO)/run/report.html'
 
 test: check $(VENV)/.chromium
 	$(BIN)/python -m pytest -m "not slow" --durations=15

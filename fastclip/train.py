@@ -83,7 +83,7 @@ def _loop(run: Run, stop: _StopRequest) -> TrainResult:
         on_log_step = last or run.step % settings.log_every_steps == 0
         if on_log_step:
             _log_step(run, result, learning_rate)
-            if any_rank(stop.requested):
+            if any_rank(stop.requested) and not last:  # what is left then is soon done
                 _save(run)
                 return _end(run, finished=False, metrics=metrics)
         if last or _due(run.step, settings.evaluate_every_steps):

@@ -156,6 +156,35 @@ def test_sigterm_saves_and_the_next_launch_continues(shards, uninterrupted, tmp_
     assert _losses(run) == _losses(uninterrupted)
 
 
+def test_a_stop_at_the_last_step_does_not_cost_the_evaluation(shards, tmp_path):
+    script = """
+import os, signal, sys
+from fastclip import cli
+from fastclip.run import Run
+step = Run.one_step
+def signalled(self):
+    done = step(self)
+    if self.step == self.total_steps:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return done
+Run.one_step = signalled
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    run = tmp_path / "run"
+    pairs = json.dumps([{"name": "pairs", "shards": str(shards)}])
+    command = _command(shards, run, "run.steps=3", f"eval.retrieval={pairs}")[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM" in done.stderr
+    assert '"eval/retrieval/pairs/' in (run / "metrics.jsonl").read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
