@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 from fastclip.checkpoint import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
-from fastclip.data.eval_loader import eval_batches, eval_pixels
-from fastclip.data.index import METADATA_EXTENSION, index_shards
-from fastclip.data.remote import shown
-from fastclip.distributed.runtime import Runtime, initialise, shutdown
-from fastclip.eval.prompts import fill, imagenet_templates
+from fastclip.data.eval_loader import eval_pixels
+from fastclip.distributed.runtime import initialise, shutdown
+from fastclip.eval.answers import answer_task
+from fastclip.eval.prompts import fill
 from fastclip.eval.suite import run_suite
-from fastclip.eval.zero_shot import ZeroShotTask, build_classifier, load_classes
+from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig
+from fastclip.ops.similarity import similarity_topk
 from fastclip.report.contact_sheet import Hit, draw_contact_sheet
 from fastclip.report.learning_curve import draw_learning_curve, read_metrics
 from fastclip.tokenizer import Tokenizer
@@ -129,55 +129,39 @@ def _search(
     model: Clip, tokenizer: Tokenizer, task: ZeroShotTask, config: TrainConfig
 ) -> list[tuple[str, list[Hit]]]:
     """For some of the classes that the task's images show, the images that fit their names best."""
-    classes = load_classes(task.classes)
-    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-    features, targets = [], []
-    numbers: list[int] = []
-    index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
-    with torch.no_grad():
-        for batch in eval_batches(
-            index,
-            image_size=config.model.vision.image_size,
-            tokenizer=tokenizer,
-            batch_size=config.eval.batch_size,
-            workers=config.eval.workers,
-            caption_key=None,
-            apply_orientation=config.data.apply_orientation,
-        ):
-            features.append(model(images=batch.images).image_features)
-            targets.append(classes.index(batch, shown(task.shards)))
-            numbers += batch.numbers
-        images, target = torch.cat(features), torch.cat(targets)
-        present = target.unique()
-        # Spread over the list of classes, so that neighbours do not fill the sheet.
-        chosen = present[:: max(1, len(present) // _SHEET_TEXTS)][:_SHEET_TEXTS].tolist()
-        names = [classes.names[place] for place in chosen]
-        texts = build_classifier(
-            model,
-            tokenizer,
-            names,
-            templates,
-            batch_size=config.eval.batch_size,
-            runtime=Runtime(
-                rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="none"
-            ),
-        )
-    scores = texts @ images.T
+    found = answer_task(
+        model,
+        tokenizer,
+        task,
+        image_size=config.model.vision.image_size,
+        batch_size=config.eval.batch_size,
+        workers=config.eval.workers,
+        device=torch.device("cpu"),
+        apply_orientation=config.data.apply_orientation,
+    )
+    present = found.target.unique()
+    # Spread over the list of classes, so that neighbours do not fill the sheet.
+    chosen = present[:: max(1, len(present) // _SHEET_TEXTS)][:_SHEET_TEXTS]
+    best = similarity_topk(
+        found.classifier[chosen],
+        found.images,
+        min(_SHEET_IMAGES, len(found.images)),
+        normalize=False,
+    )
     rows = []
-    for place, name, found in zip(chosen, names, scores, strict=True):
-        best = found.topk(min(_SHEET_IMAGES, len(found)))
+    for place, values, places in zip(chosen.tolist(), *(x.tolist() for x in best), strict=True):
         hits = [
             Hit(
                 eval_pixels(
-                    index,
-                    numbers[row],
+                    found.index,
+                    found.numbers[row],
                     config.model.vision.image_size,
                     apply_orientation=config.data.apply_orientation,
                 ),
                 score,
-                int(target[row]) == place,
+                int(found.target[row]) == place,
             )
-            for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for score, row in zip(values, places, strict=True)
         ]
-        rows.append((fill(templates, name)[0], hits))
+        rows.append((fill(found.templates, found.classes.names[place])[0], hits))
     return rows

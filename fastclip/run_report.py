@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fastclip.config import TrainConfig, apply_overrides, load_config, to_dict
+from fastclip.data.batch import Batch
 from fastclip.data.eval_loader import eval_batches, eval_pixels
 from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, ShardIndex, index_shards
-from fastclip.data.remote import shown
 from fastclip.data.rewriting import write_whole
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
-from fastclip.eval.prompts import fill, imagenet_templates
+from fastclip.eval.answers import answer_task
+from fastclip.eval.prompts import fill
 from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, best_ranks, group_captions
-from fastclip.eval.zero_shot import ZeroShotTask, build_classifier, load_classes, rank_of_target
+from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.evaluate import load_trained, run_folder
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
@@ -107,40 +108,29 @@ class _View:
 
     def zero_shot(self, task: ZeroShotTask) -> ZeroShotPart:
         """Accuracy, mistakes and finds."""
-        classes = load_classes(task.classes)
-        templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-        classifier = build_classifier(
+        found = answer_task(
             self.model,
             self.tokenizer,
-            classes.names,
-            templates,
+            task,
+            image_size=self.size,
             batch_size=self.config.eval.batch_size,
-            runtime=self.runtime,
+            workers=self.config.eval.workers,
+            device=self.runtime.device,
+            apply_orientation=self.config.data.apply_orientation,
         )
-        index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
-        features, targets, numbers = [], [], []
-        for batch in self._batches(index, None):
-            features.append(self.model(images=batch.images.to(self.runtime.device)).image_features)
-            targets.append(classes.index(batch, shown(task.shards)))
-            numbers += batch.numbers
-        if not numbers:
-            raise ValueError(f"zero-shot task {task.name}: no image could be read")
-        images, target = torch.cat(features), torch.cat(targets).to(self.runtime.device)
-        ranks, answers = [], []
-        for begin in range(0, len(images), 4096):
-            scores = similarity(images[begin : begin + 4096], classifier, normalize=False)
-            ranks.append(rank_of_target(scores, target[begin : begin + 4096]))
-            answers.append(scores.argmax(dim=1))
-        rank, answer = torch.cat(ranks), torch.cat(answers)
-        shots = _Shots(index, numbers, self.size, self.config.data.apply_orientation)
+        names, target = found.classes.names, found.target
+        shots = _Shots(found.index, found.numbers, self.size, self.config.data.apply_orientation)
         present = target.unique()
         chosen = present[:: max(1, len(present) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
         best = similarity_topk(
-            classifier[chosen], images, min(_GALLERY_IMAGES, len(images)), normalize=False
+            found.classifier[chosen],
+            found.images,
+            min(_GALLERY_IMAGES, len(found.images)),
+            normalize=False,
         )
         gallery = [
             (
-                fill(templates, classes.names[place])[0],
+                fill(found.templates, names[place])[0],
                 shots.found(values, rows, [int(target[row]) == place for row in rows]),
             )
             for place, values, rows in zip(
@@ -149,12 +139,12 @@ class _View:
         ]
         return ZeroShotPart(
             name=task.name,
-            images=len(images),
-            classes=len(classes.names),
-            top1=float((rank < 1).float().mean()),
-            top5=float((rank < 5).float().mean()),
-            confusions=_confusions(classes.names, target, answer, shots),
-            matrix=_confusion_matrix(classes.names, target, answer),
+            images=len(target),
+            classes=len(names),
+            top1=float((found.rank < 1).float().mean()),
+            top5=float((found.rank < 5).float().mean()),
+            confusions=_confusions(names, target, found.answer, shots),
+            matrix=_confusion_matrix(names, target, found.answer),
             gallery=gallery,
         )
 
@@ -165,7 +155,7 @@ class _View:
         image_parts, text_parts, numbers = [], [], []
         captions: list[str] = []
         device = self.runtime.device
-        for batch in self._batches(index, task.caption_key):
+        for batch in self._pairs(index, task.caption_key):
             output = self.model(images=batch.images.to(device), tokens=batch.tokens.to(device))
             image_parts.append(output.image_features)
             text_parts.append(output.text_features)
@@ -226,7 +216,7 @@ class _View:
             similarities=_similarities(images, texts, spread, captions, shots),
         )
 
-    def _batches(self, index: ShardIndex, caption_key: str | None) -> Iterator[Any]:
+    def _pairs(self, index: ShardIndex, caption_key: str) -> Iterator[Batch]:
         return eval_batches(
             index,
             image_size=self.size,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastclip.eval.overlap import Duplicates, DuplicateSearch, OverlapAnalysis, Pair
     from fastclip.eval.zero_shot import ZeroShotTask
     from fastclip.models.clip import Clip
-    from fastclip.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastclip")
 
@@ -98,9 +97,10 @@ def run_overlap(
     """
     from fastclip.config import apply_overrides, load_config
     from fastclip.data.hash_cache import HashCache
-    from fastclip.data.index import METADATA_EXTENSION, index_shards
+    from fastclip.data.index import index_shards
     from fastclip.data.pixels import PixelReader
     from fastclip.distributed.runtime import shutdown
+    from fastclip.eval.answers import answer_task
     from fastclip.eval.overlap import analyse_overlap, find_duplicates
     from fastclip.evaluate import load_trained, run_folder
     from fastclip.tokenizer import Tokenizer
@@ -123,8 +123,17 @@ def run_overlap(
         ) as reader:
             cache = HashCache(out / "hashes", reader, logger.info)
             for task in chosen:
-                test = index_shards(task.shards, needs=(METADATA_EXTENSION,))
-                numbers, correct = classify(model, tokenizer, task, test, config, runtime)
+                answers = answer_task(
+                    model,
+                    tokenizer,
+                    task,
+                    image_size=config.model.vision.image_size,
+                    batch_size=config.eval.batch_size,
+                    workers=config.eval.workers,
+                    device=runtime.device,
+                    apply_orientation=config.data.apply_orientation,
+                )
+                test = answers.index
                 found = find_duplicates(
                     images,
                     test,
@@ -134,7 +143,9 @@ def run_overlap(
                     cache=cache,
                     image_size=config.model.vision.image_size,
                 )
-                analysis = analyse_overlap(task.name, correct, _overlapping(numbers, found))
+                correct = (answers.rank < 1).cpu().numpy()
+                overlapping = _overlapping(answers.numbers, found)
+                analysis = analyse_overlap(task.name, correct, overlapping)
                 analyses.append(analysis)
                 report.append(_as_json(analysis, found, images, test))
                 _draw_pairs(out / f"pairs_{task.name}.png", task, found, images, test, reader)
@@ -182,53 +193,6 @@ def choose_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[ZeroS
     return list(tasks.values()) if names is None else [tasks[name] for name in names]
 
 
-def classify(
-    model: Clip,
-    tokenizer: Tokenizer,
-    task: ZeroShotTask,
-    index: ShardIndex,
-    config: TrainConfig,
-    runtime: Runtime,
-) -> tuple[list[int], NDArray[np.bool_]]:
-    """Numbers of a task's usable images, and whether each is classified right, as `zero_shot`."""
-    import torch
-
-    from fastclip.data.eval_loader import eval_batches
-    from fastclip.data.remote import shown
-    from fastclip.eval.prompts import imagenet_templates
-    from fastclip.eval.zero_shot import build_classifier, load_classes, rank_of_target
-    from fastclip.ops.similarity import similarity
-
-    classes = load_classes(task.classes)
-    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-    numbers: list[int] = []
-    right: list[Tensor] = []
-    with torch.no_grad():
-        classifier = build_classifier(
-            model,
-            tokenizer,
-            classes.names,
-            templates,
-            batch_size=config.eval.batch_size,
-            runtime=runtime,
-        )
-        for batch in eval_batches(
-            index,
-            image_size=config.model.vision.image_size,
-            tokenizer=tokenizer,
-            batch_size=config.eval.batch_size,
-            workers=config.eval.workers,
-            caption_key=None,
-            apply_orientation=config.data.apply_orientation,
-        ):
-            features = model(images=batch.images.to(runtime.device)).image_features
-            target = classes.index(batch, shown(task.shards)).to(features.device)
-            scores = similarity(features, classifier, normalize=False)
-            right.append((rank_of_target(scores, target) < 1).cpu())
-            numbers += batch.numbers
-    return numbers, torch.cat(right).numpy()
-
-
 def _embedder(model: Clip, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     import torch
 
@@ -239,7 +203,7 @@ def _embedder(model: Clip, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     return embed
 
 
-def _overlapping(numbers: list[int], found: Duplicates) -> NDArray[np.bool_]:
+def _overlapping(numbers: Sequence[int], found: Duplicates) -> NDArray[np.bool_]:
     import numpy as np
 
     return np.isin(numbers, [pair.test for pair in found.pairs if pair.duplicate])

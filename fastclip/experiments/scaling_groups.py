@@ -13,15 +13,12 @@ from pathlib import Path
 import torch
 
 from fastclip.data.decode import BadSampleError
-from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import METADATA_EXTENSION, index_shards
 from fastclip.data.reader import Members
-from fastclip.distributed.runtime import Runtime
-from fastclip.eval.zero_shot import build_classifier, load_classes
+from fastclip.eval.answers import answer_task
+from fastclip.eval.zero_shot import ZeroShotTask, load_classes
 from fastclip.evaluate import load_trained
 from fastclip.tokenizer import Tokenizer
-
-_ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +80,17 @@ def group_error(run: Path, task: GroupTask, *, batch_size: int, workers: int) ->
     classes, groups = load_classes(task.classes), label_groups(task)
     numbers = {group: number for number, group in enumerate(sorted(set(groups.values())))}
     of_label = torch.tensor([numbers.get(groups.get(name, ""), -1) for name in classes.names])
-    wrong = images = 0
-    with torch.no_grad():
-        classifier = build_classifier(
-            model, tokenizer, classes.names, ("{}",), batch_size=batch_size, runtime=_ALONE
-        )
-        for batch in eval_batches(
-            index_shards(task.shards, needs=(METADATA_EXTENSION,)),
-            image_size=model.config.vision.image_size,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            workers=workers,
-            caption_key=None,
-        ):
-            scores = model(images=batch.images).image_features @ classifier.T
-            right = of_label[classes.index(batch, task.shards)]
-            if bool((right < 0).any()):
-                raise ValueError(f"{task.shards} has an image whose label has no {task.field}")
-            wrong += int((of_label[scores.argmax(dim=1)] != right).sum())
-            images += len(batch)
-    if not images:
-        raise ValueError(f"{task.shards}: no image could be read")
-    return wrong / images, images
+    found = answer_task(
+        model,
+        tokenizer,
+        ZeroShotTask(name=task.name, shards=task.shards, classes=task.classes, templates=("{}",)),
+        image_size=model.config.vision.image_size,
+        batch_size=batch_size,
+        workers=workers,
+        device=torch.device("cpu"),
+    )
+    right = of_label[found.target]
+    if bool((right < 0).any()):
+        raise ValueError(f"{task.shards} has an image whose label has no {task.field}")
+    wrong = of_label[found.answer] != right
+    return float(wrong.double().mean()), len(wrong)

@@ -1,0 +1,120 @@
+"""What a model answers to each image of a zero-shot task: for mistakes, finds and analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastclip.data.eval_loader import eval_batches
+from fastclip.data.index import METADATA_EXTENSION, ShardIndex, index_shards
+from fastclip.data.remote import shown
+from fastclip.distributed.runtime import Runtime
+from fastclip.eval.prompts import imagenet_templates
+from fastclip.eval.zero_shot import (
+    Classes,
+    ZeroShotTask,
+    build_classifier,
+    load_classes,
+    rank_of_target,
+)
+from fastclip.models.clip import Clip
+from fastclip.ops.similarity import similarity
+from fastclip.tokenizer import Tokenizer
+
+_CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A model's features of a task, and what they say."""
+
+    classes: Classes
+    templates: tuple[str, ...]
+    index: ShardIndex
+
+    numbers: Sequence[int]
+    """Places in the index of the images that could be used."""
+
+    images: Tensor
+    """fp32 [N, D], of unit length."""
+
+    classifier: Tensor
+    """fp32 [classes, D], of unit length."""
+
+    target: Tensor
+    """int64 [N], each image's class."""
+
+    answer: Tensor
+    """int64 [N], the class whose text is nearest."""
+
+    rank: Tensor
+    """int64 [N], how many other classes are at least as near as the right one."""
+
+
+def answer_task(
+    model: Clip,
+    tokenizer: Tokenizer,
+    task: ZeroShotTask,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    apply_orientation: bool = False,
+) -> Answers:
+    """Every image of the task beside every class; in one process.
+
+    Args:
+        model: in evaluation mode, on `device`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `index_shards`, `load_classes`; or a sample's label is
+            none of the classes, or no image can be read.
+    """
+    classes = load_classes(task.classes)
+    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
+    alone = Runtime(rank=0, local_rank=0, world_size=1, device=device, backend="none")
+    index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
+    features, targets = [], []
+    numbers: list[int] = []
+    with torch.no_grad():
+        classifier = build_classifier(
+            model, tokenizer, classes.names, templates, batch_size=batch_size, runtime=alone
+        )
+        for batch in eval_batches(
+            index,
+            image_size=image_size,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            workers=workers,
+            caption_key=None,
+            apply_orientation=apply_orientation,
+        ):
+            features.append(model(images=batch.images.to(device)).image_features)
+            targets.append(classes.index(batch, shown(task.shards)))
+            numbers += batch.numbers
+        if not numbers:
+            raise ValueError(
+                f"zero-shot task {task.name}: no image of {shown(task.shards)} could be read"
+            )
+        images, target = torch.cat(features), torch.cat(targets).to(device)
+        answers, ranks = [], []
+        rows = max(1, _CHUNK_SCORES // len(classifier))
+        for part, right in zip(images.split(rows), target.split(rows), strict=True):
+            scores = similarity(part, classifier, normalize=False)
+            answers.append(scores.argmax(dim=1))
+            ranks.append(rank_of_target(scores, right))
+    return Answers(
+        classes=classes,
+        templates=templates,
+        index=index,
+        numbers=numbers,
+        images=images,
+        classifier=classifier,
+        target=target,
+        answer=torch.cat(answers),
+        rank=torch.cat(ranks),
+    )
