@@ -19,6 +19,7 @@ from fastclip.eval.suite import EvalConfig
 from fastclip.evaluate import load_trained, run_folder
 from fastclip.models.config import ClipConfig
 from fastclip.models.presets import PRESETS
+from fastclip.printing import printable_lines
 from fastclip.report.few_shot_figure import FewShotCurve, draw_few_shot
 from fastclip.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ class Benchmark:
 
     def table(self) -> str:
         """The results, a row for each data set, and their summary."""
-        return f"{format_rows(self.rows, self.preset)}\n\n{summary(self.rows)}"
+        return printable_lines(f"{format_rows(self.rows, self.preset)}\n\n{summary(self.rows)}")
 
     def draw_few_shot(self, path: Path) -> None:
         """Draw the data sets that have few-shot values beside their zero-shot ones.
@@ -92,7 +93,6 @@ class Benchmark:
             ],
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(text.encode()))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import io
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from fastclip.cli_data import add_data_verbs
 from fastclip.cli_eval import add_eval_verbs
 from fastclip.cli_experiment import add_experiment_verbs
 from fastclip.cli_search import add_search_verbs
+from fastclip.printing import printable_lines
 
 if TYPE_CHECKING:
     from fastclip.recipes import Recipe
@@ -53,6 +55,9 @@ def leave(status: int) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors a user can mend are one line on stderr."""
     options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that it lacks must not cost the rest
+            stream.reconfigure(errors="replace")
     _configure_logging()
     try:
         return options.run(options)
@@ -62,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTCLIP_TRACEBACK"):
             raise
-        print(f"fastclip: error: {e}", file=sys.stderr)
+        print(f"fastclip: error: {printable_lines(str(e))}", file=sys.stderr)
         print("(FASTCLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
 
@@ -203,11 +208,16 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 def _configure_logging() -> None:
     """Messages of fastclip to stderr, from rank 0 only below warnings."""
     main_rank = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if main_rank else logging.WARNING)
     logger.propagate = False

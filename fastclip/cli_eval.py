@@ -62,23 +62,32 @@ def _eval(options: argparse.Namespace) -> int:
     for name in ("only", "linear_probe", "few_shot", "figure", "preset"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --datasets ROOT")
+    from fastclip.data.rewriting import check_target, write_whole
     from fastclip.eval.suite import format_table
     from fastclip.evaluate import evaluate
 
+    if options.json is not None:
+        check_target(options.json)
     metrics, is_main = evaluate(options.path, options.overrides, device=options.device)
     if is_main:
-        print(format_table(metrics))
         if options.json is not None:
-            options.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            content = (json.dumps(metrics, indent=2) + "\n").encode()
+            write_whole(options.json, lambda file: file.write(content))
+        print(format_table(metrics))
     return 0
 
 
 def _eval_datasets(options: argparse.Namespace) -> int:
     from fastclip.benchmark_run import evaluate_datasets
+    from fastclip.data.rewriting import check_target
     from fastclip.eval.benchmark import SHOTS, Protocol
 
     if options.figure is not None and not options.few_shot:
         raise ValueError("--figure draws what --few-shot measures: give both")
+    if options.json is not None:
+        check_target(options.json)
+    if options.figure is not None:
+        check_target(options.figure, ".png", ".svg")
     found = evaluate_datasets(
         options.path,
         options.datasets,
@@ -91,9 +100,9 @@ def _eval_datasets(options: argparse.Namespace) -> int:
         device=options.device,
     )
     if found.is_main:
-        print(found.table())
         if options.json is not None:
             found.write_json(options.json)
+        print(found.table())
         if options.figure is not None:
             found.draw_few_shot(options.figure)
     return int(found.failed)

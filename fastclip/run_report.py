@@ -17,7 +17,7 @@ from fastclip.config import TrainConfig, apply_overrides, load_config, to_dict
 from fastclip.data.batch import Batch
 from fastclip.data.eval_loader import eval_batches, eval_pixels
 from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, ShardIndex, index_shards
-from fastclip.data.rewriting import write_whole
+from fastclip.data.rewriting import check_target, write_whole
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.eval.answers import answer_task
 from fastclip.eval.prompts import fill
@@ -27,7 +27,7 @@ from fastclip.evaluate import load_trained, run_folder
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity, similarity_topk
-from fastclip.report.learning_curve import read_metrics
+from fastclip.report.learning_curve import read_lines, read_metrics
 from fastclip.report.page import (
     Confusion,
     Matrix,
@@ -59,10 +59,13 @@ def write_report(
 
     Raises:
         FileNotFoundError: there is no run, no metrics, no checkpoint, or its data are elsewhere.
-        ValueError: a file of it is damaged, or a field does not exist.
+        ValueError: a file of it is damaged, a field does not exist, or `out` is a folder.
+        OSError: `out` cannot be written.
         ImportError: matplotlib or jinja2 is not installed.
     """
     folder = run_folder(path)
+    target = out or folder / "report.html"
+    check_target(target)
     config = apply_overrides(load_config(folder / "config.json"), list(overrides))
     rows = read_metrics(folder / "metrics.jsonl")
     model, checkpoint = load_trained(path)
@@ -87,9 +90,7 @@ def write_report(
             )
     finally:
         shutdown()
-    target = out or folder / "report.html"
     text = render(page)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda file: file.write(text.encode()))
     return target
 
@@ -354,16 +355,15 @@ def _notes(rows: Sequence[dict[str, Any]], config: TrainConfig) -> list[str]:
 def _origin(folder: Path) -> dict[str, Any]:
     """What the launches say of themselves; runs of older versions say nothing."""
     path = folder / "launches.jsonl"
-    launches = []
-    if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                launches.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    shown_launches = [
-        (each["begin"].replace("T", " "), f"{each['step']:,}", each["description"], each["machine"])
-        for each in launches
-    ]
-    versions = list(launches[-1]["versions"].items()) if launches else []
-    return {"launches": shown_launches, "versions": versions}
+    launches = read_lines(path) if path.is_file() else []
+    shown_launches = []
+    versions: dict[str, str] = {}
+    for number, each in enumerate(launches, 1):
+        texts = [each.get(name) for name in ("begin", "description", "machine")]
+        versions = each.get("versions", {})
+        if not all(isinstance(text, str) for text in texts) or not isinstance(versions, dict):
+            raise ValueError(f"{path}, line {number} describes no launch")
+        begin, description, machine = map(str, texts)
+        step = f"{each['step']:,}"
+        shown_launches.append((begin.replace("T", " "), step, description, machine))
+    return {"launches": shown_launches, "versions": [(k, str(v)) for k, v in versions.items()]}

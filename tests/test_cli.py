@@ -124,3 +124,25 @@ leave(75)
     assert done.returncode == 75
     assert done.stdout.startswith("last words exit handler\n")
     assert ("torn down" in done.stdout) == torn_down
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["eval", "nowhere", "--json", "."], "is a folder: name a file in it"),
+        (["eval", "nowhere", "--datasets", ".", "--json", "."], "is a folder"),
+        (
+            ["eval", "nowhere", "--datasets", ".", "--few-shot", "--figure", "x.jpg"],
+            "x.jpg is written as .png or .svg",
+        ),
+        (["eval", "nowhere", "--datasets", ".", "--figure", "x.png"], "--figure draws what"),
+        (["eval", "nowhere", "--linear-probe"], "--linear-probe goes with --datasets"),
+        (["eval"], "needs a run's folder"),
+        (["experiment", "robustness", "x", "--seen", "a", "--unseen", "a"], "not a twice"),
+    ],
+)
+def test_where_results_go_is_checked_first(
+    options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(options) == 1
+    assert message in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import Sample
+from fastclip.printing import printable
 
 logger = logging.getLogger("fastclip")
 
@@ -53,7 +54,8 @@ class Quarantine:
                 self.counts[error.kind] += 1
                 self._write(identity, sample, error)
         if first:
-            logger.warning("left out %s: %s: %s", sample.shard.name, sample.key, error)
+            where = f"{sample.shard.name}: {printable(sample.key)}"
+            logger.warning("left out %s: %s", where, printable(str(error)))
 
     def _write(self, identity: tuple[str, str], sample: Sample, error: BadSampleError) -> None:
         if self.path is None or identity in self._written:

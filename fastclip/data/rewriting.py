@@ -87,9 +87,29 @@ def end_with_parent() -> None:
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that is there when it is complete, and not before."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_target(path: Path, *suffixes: str) -> None:
+    """See that a file can be written there later, after what may take hours; makes its folder.
+
+    Raises:
+        ValueError: it is a folder, or has none of the suffixes.
+        OSError: it cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path} is written as {' or '.join(suffixes)}: end its name so")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path.with_name(f"{path.name}.trial"), lambda _: None)
+    path.with_name(f"{path.name}.trial").unlink()
 
 
 def is_unsafe(key: str) -> bool:

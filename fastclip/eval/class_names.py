@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,11 @@ class Labels:
             )
         if isinstance(label, list) and not self.several:
             return (
-                f"{self.where}: sample {key} has several labels, {label!r}, which only the measure "
-                "map_11_point takes"
+                f"{self.where}: sample {key} has several labels, {reprlib.repr(label)}, which only "
+                "the measure map_11_point takes"
             )
-        return f"{self.where}: sample {key} has {self.field}={label!r}, which is none of {known}"
+        shown = f"{self.field}={reprlib.repr(label)}"
+        return f"{self.where}: sample {key} has {shown}, which is none of {known}"
 
 
 def read_classes(content: Any, where: str | Path) -> tuple[str | None, Any]:

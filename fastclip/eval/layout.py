@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,9 @@ def find_datasets(root: Path, names: Sequence[str] | None = None) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     if names is not None:
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"a data set is a folder's name below {root}, not {name!r}")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated or not names:
             raise ValueError(f"data sets are named once each: {', '.join(repeated) or 'none is'}")
@@ -196,12 +200,19 @@ def _places(folder: Path, splits: dict[str, str] | None) -> dict[str, str]:
         places = {split: str(folder / split) for split in SPLITS if (folder / split).is_dir()}
     else:
         places = {
-            split: "::".join(_from(folder, part) for part in place.split("::"))
+            split: "::".join(_existing(folder, part) for part in place.split("::"))
             for split, place in splits.items()
         }
     if "test" not in places:
         raise FileNotFoundError(f"{folder} has no split to test on: there is no {folder / 'test'}")
     return places
+
+
+def _existing(folder: Path, part: str) -> str:
+    place = _from(folder, part)
+    if "://" not in place and not any(c in place for c in "*?[{") and not os.path.exists(place):
+        raise FileNotFoundError(f"{folder / _DESCRIPTION}: splits: there is no {place}")
+    return place
 
 
 def _from(folder: Path, part: str) -> str:
@@ -228,6 +239,22 @@ def _class_folders(place: str) -> list[str]:
     if not found:
         raise ValueError(f"{place} holds neither class folders with images nor *.tar")
     return found
+
+
+def _check_shards(place: str) -> None:
+    """A folder of shards holds nothing else, and its name is no pattern."""
+    if not Path(place).is_dir():
+        return
+    if folders := sorted(_folders(Path(place))):
+        raise ValueError(
+            f"{place} holds both *.tar and folders (first: {folders[0]}), and either would be the "
+            "images: move one of them elsewhere"
+        )
+    if "::" in place or re.search(r"\{\d+\.\.\d+\}", place):
+        raise ValueError(
+            f"{place}: :: and numbers in braces mean several lists of shards: give the folder "
+            "another name"
+        )
 
 
 def _classes(
@@ -261,6 +288,7 @@ def _open_split(
         for empty in sorted(set(_folders(Path(place))) - filled):
             raise ValueError(f"{place}: the class folder {empty} holds no image")
     else:
+        _check_shards(place)
         source = index_shards(place, needs=())
     return Split(
         source=source,

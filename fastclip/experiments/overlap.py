@@ -311,6 +311,8 @@ def _draw_figure(analyses: Sequence[OverlapAnalysis], path: Path) -> None:
 
 def format_overlap(analyses: Sequence[OverlapAnalysis]) -> str:
     """A table of accuracies in per cent; a star marks what is significant after Bonferroni."""
+    from fastclip.eval.table import columns
+
     level = _level(analyses)
     heads = ("task", "images", "overlap", "all", "clean", "on overlap", "99.5 % interval")
     rows: list[tuple[str, ...]] = [(*heads, "all - clean", "p")]
@@ -332,13 +334,11 @@ def format_overlap(analyses: Sequence[OverlapAnalysis]) -> str:
             p_value,
         )
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
+    lines = [columns(rows)]
     tests = sum(one.p_value is not None for one in analyses)
-    lines.append(f"* p < {level:.2g}: significant at 0.05 for {tests} test(s), after Bonferroni")
+    if tests:
+        words = f"significant at 0.05 for {tests} test(s), after Bonferroni"
+        lines.append(f"* p < {level:.2g}: {words}")
     return "\n".join(lines)
 
 

@@ -62,6 +62,8 @@ def add_robustness_verb(verbs: Any) -> None:
 
 
 def _robustness(options: argparse.Namespace) -> int:
+    if options.seen == options.unseen:
+        raise ValueError(f"--seen and --unseen are two tasks, not {options.seen} twice")
     given = [word for word in options.paths if "=" in word and not Path(word).exists()]
     result = run_robustness(
         [Path(word) for word in options.paths if word not in given],
@@ -347,6 +349,8 @@ def _draw(result: Robustness, path: Path) -> None:
 
 def format_robustness(result: Robustness) -> str:
     """A table in per cent, and the line."""
+    from fastclip.eval.table import columns
+
     rows = [("model", result.seen, result.unseen, "predicted", "effective robustness")]
     for model in result.models:
         effective = result.effective(model)
@@ -360,9 +364,4 @@ def format_robustness(result: Robustness) -> str:
                 "-" if effective is None else f"{100 * effective:+.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join([*lines, result.note])
+    return f"{columns(rows)}\n{result.note}"

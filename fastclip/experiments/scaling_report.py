@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastclip.config import TrainConfig
+from fastclip.eval.table import columns
 from fastclip.experiments.scaling_family import Member, member_config, text_lengths
 from fastclip.experiments.scaling_fit import (
     FEWEST_FOR_FLOOR,
@@ -296,15 +297,7 @@ def format_report(measured: Sequence[Measured], fits: Fits) -> str:
                 *(f"{np.mean([t.retrieval[name] for t in runs]):.2%}" for name in recalls),
             ]
         )
-    return "\n\n".join([_columns(costs), _columns(results), "\n".join(_sentences(measured, fits))])
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return "\n\n".join([columns(costs), columns(results), "\n".join(_sentences(measured, fits))])
 
 
 def _sentences(measured: Sequence[Measured], fits: Fits) -> list[str]:

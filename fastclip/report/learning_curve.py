@@ -12,19 +12,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a line before the last is not JSON.
+        ValueError: a line before the last is not JSON, or holds something that is no number.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: nothing has been logged yet")
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not is_number and value not in ("nan", "inf", "-inf"):
+                raise ValueError(f"{path}, line {number}: {name} is a number, not {value!r}")
+    return rows
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects with a ``step``, one a line; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is not JSON, or a line is no such object.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break  # being written, or cut by a crash
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} is no object with a step")
+        rows.append(row)
     return rows
 
 

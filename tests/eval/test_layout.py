@@ -258,3 +258,41 @@ def test_finding_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         find_datasets(tmp_path / "downloads")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_datasets(tmp_path / "x")
+
+
+def test_shards_among_class_folders_are_refused(tmp_path: Path) -> None:
+    """Either would be read, and the other left out without a word."""
+    write_folders(tmp_path / "food101" / "test")
+    write_labelled(tmp_path / "own", [{"label": "red"}])
+    shutil.copy(tmp_path / "own" / "0.tar", tmp_path / "food101" / "test")
+    _names(tmp_path / "food101", ["blue", "green", "red"])
+    with pytest.raises(ValueError, match=r"holds both \*\.tar and folders \(first: blue\)"):
+        open_dataset(tmp_path, "food101")
+
+
+@pytest.mark.parametrize("name", ["a::b", "a{0..1}"])
+def test_a_folder_whose_name_is_a_pattern(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    write_labelled(root / "food101" / "test", [{"label": "red"}])
+    _names(root / "food101", ["blue", "green", "red"])
+    with pytest.raises(ValueError, match="give the folder another name"):
+        open_dataset(root, "food101")
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+    describe(tmp_path / "own", splits={"test": "../gone/test"})
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json: splits: there is no .*gone/test"):
+        open_dataset(tmp_path, "own")
+
+
+def test_a_long_label_is_told_short(tmp_path: Path) -> None:
+    write_labelled(tmp_path / "food101" / "test", [{"label": "x" * 100_000}])
+    _names(tmp_path / "food101", ["red"])
+    with pytest.raises(ValueError, match="none of the 1 classes") as caught:
+        _labels(open_dataset(tmp_path, "food101"))
+    assert len(str(caught.value)) < 500
+
+
+def test_names_stay_below_the_root(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a folder's name below .*, not '\.\./own'"):
+        find_datasets(tmp_path, ["../own"])

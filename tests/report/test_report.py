@@ -57,3 +57,20 @@ def test_learning_curve_is_drawn(tmp_path: Path) -> None:
     assert Image.open(tall).height > Image.open(short).height
     with pytest.raises(ValueError, match="no training step"):
         draw_learning_curve(rows[2:], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "line 2 is no object with a step"),
+        ('{"loss": 1}', "line 2 is no object with a step"),
+        ('{"step": "x"}', "line 2 is no object with a step"),
+        ('{"step": 2, "loss": "x"}', "line 2: loss is a number, not 'x'"),
+        ('{"step": 2, "memory_gib": true}', "line 2: memory_gib is a number, not True"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": "nan", "mfu": null}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
+        read_metrics(path)
