@@ -98,6 +98,7 @@ def _search(options: argparse.Namespace) -> int:
     import json
 
     from fastclip.search.index import SearchIndex
+    from fastclip.search.outputs import check_sheet
     from fastclip.search.query import (
         as_json,
         draw_found,
@@ -108,6 +109,8 @@ def _search(options: argparse.Namespace) -> int:
         read_query,
     )
 
+    if options.sheet is not None:
+        check_sheet(options.sheet)
     filters = parse_filters(options.filter)
     queries = [read_query(word, options.kind) for word in options.queries]
     index = SearchIndex.open(options.index, shards_root=options.shards_root)

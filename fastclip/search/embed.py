@@ -9,27 +9,21 @@ import json
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastclip.data.decode import BadSampleError
-from fastclip.data.decoders import ImageDecoder, build_decoder
-from fastclip.data.index import Sample, ShardIndex, index_shards
-from fastclip.data.reader import Members
+from fastclip.data.decoders import build_decoder
+from fastclip.data.index import ShardIndex, index_shards
 from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import Shard
 from fastclip.data.rewriting import alone, write_whole
 from fastclip.data.shard_cache import size_of
-from fastclip.data.transforms import centre_crop
 from fastclip.search.building import VectorsChoice, build_vectors
 from fastclip.search.encoder import Encoder
 from fastclip.search.info import (
@@ -44,8 +38,10 @@ from fastclip.search.info import (
     load_description,
     save_description,
 )
+from fastclip.search.outputs import check_folder
 from fastclip.search.progress import Progress
-from fastclip.search.records import Row, image_hash, open_parts, write_part
+from fastclip.search.reading import Batch, read_batch
+from fastclip.search.records import open_parts, write_part
 
 logger = logging.getLogger("fastclip")
 
@@ -86,15 +82,6 @@ class EmbedSettings:
                 raise ValueError(f"{field!r} is no name of a field")
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Consecutive samples of one part, decoded."""
-
-    pixels: NDArray[np.uint8]
-    rows: list[Row]
-    bad: list[dict[str, Any]]
-
-
 def embed(pattern: str, model_path: Path, out: Path, settings: EmbedSettings) -> Description:
     """Embed the images of shards into the index `out`, which is begun, gone on with or added to.
 
@@ -108,11 +95,12 @@ def embed(pattern: str, model_path: Path, out: Path, settings: EmbedSettings) ->
     Raises:
         FileNotFoundError, OSError: no shards, no model, or one that cannot be read.
         ValueError: the index was made with another model or other settings, a shard in it has
-            changed, another process works on it, or not one image can be used.
+            changed, another process works on it, `out` is a file, or not one image can be used.
         ImportError: faiss is needed and not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("fastclip embed is one process: start it without a launcher")
+    check_folder(out, "--out")
     encoder = Encoder(model_path, device=settings.device)
     index = index_shards(pattern, needs=())
     index.log_problems()
@@ -234,6 +222,7 @@ def _embed_parts(
 ) -> Description:
     """Write the parts that are not there yet."""
     todo = list(_todo(index, description))
+    without: Counter[str] = Counter()
     progress = Progress("embedding", sum(len(numbers) for _, _, numbers in todo))
     batches = _batches(index, encoder, settings, [numbers for _, _, numbers in todo])
     with contextlib.closing(batches), progress:
@@ -244,6 +233,7 @@ def _embed_parts(
                     features.append(_features(encoder, batch))
                 rows += batch.rows
                 bad += batch.bad
+                without.update(batch.without)
                 progress.advance(len(batch.rows) + len(batch.bad))
             file = f"part-{len(description.parts):05d}.safetensors"
             digest = write_part(
@@ -259,6 +249,8 @@ def _embed_parts(
             )
             description = replace(description, parts=(*description.parts, part))
             save_description(out / UNFINISHED_FILE, description)
+    for kind, count in without.items():
+        logger.warning("%d image(s) embedded without a part that is unusable: %s", count, kind)
     _write_quarantine(out, description)
     return description
 
@@ -280,17 +272,18 @@ def _todo(index: ShardIndex, description: Description) -> Iterator[tuple[int, in
 
 def _batches(
     index: ShardIndex, encoder: Encoder, settings: EmbedSettings, parts: Iterable[range]
-) -> Generator[_Batch, None, None]:
+) -> Generator[Batch, None, None]:
     """The samples of `parts` in order, decoded ahead by some threads; none is of two parts."""
     decoder = build_decoder("auto", apply_orientation=encoder.apply_orientation)
+    how = (decoder, encoder.image_size, settings.caption_key, settings.fields)
     stop = threading.Event()
     with ThreadPoolExecutor(settings.workers, "fastclip-embed", stop_with, (stop,)) as pool:
-        queue: deque[Future[_Batch]] = deque()
+        queue: deque[Future[Batch]] = deque()
         try:
             for part in parts:
                 for first in range(0, len(part), settings.batch_size):
                     numbers = part[first : first + settings.batch_size]
-                    queue.append(pool.submit(_read, index, numbers, encoder, settings, decoder))
+                    queue.append(pool.submit(read_batch, index, numbers, *how))
                     if len(queue) > settings.workers + 1:
                         yield queue.popleft().result()
             while queue:
@@ -301,64 +294,7 @@ def _batches(
                 future.cancel()
 
 
-def _read(
-    index: ShardIndex,
-    numbers: Sequence[int],
-    encoder: Encoder,
-    settings: EmbedSettings,
-    decoder: ImageDecoder,
-) -> _Batch:
-    side = encoder.image_size
-    pixels = np.empty((len(numbers), side, side, 3), np.uint8)
-    rows: list[Row] = []
-    bad: list[dict[str, Any]] = []
-    for number in numbers:
-        sample = index[number]
-        try:
-            rows.append(_row(sample, settings, decoder, pixels[len(rows)]))
-        except BadSampleError as error:
-            if error.kind == "unreadable":  # the shard is, which is no fault of the sample
-                raise OSError(f"{error.reason}: the same command goes on from here") from None
-            bad.append(
-                {
-                    "shard": str(sample.shard),
-                    "offset": sample.image[0],
-                    "key": sample.key,
-                    "kind": error.kind,
-                    "reason": error.reason,
-                }
-            )
-            logger.warning("left out %s: %s: %s", sample.shard.name, sample.key, error)
-    return _Batch(pixels[: len(rows)], rows, bad)
-
-
-def _row(
-    sample: Sample, settings: EmbedSettings, decoder: ImageDecoder, out: NDArray[np.uint8]
-) -> Row:
-    members = Members(sample)
-    try:
-        caption = members.captions(settings.caption_key)[0]
-    except BadSampleError as error:
-        if error.kind != "missing caption":
-            raise
-        caption = ""  # an image is found without one, too
-    about = members.metadata()
-    image = decoder.open(members.image)
-    decoder.decode(image, centre_crop(*image.size), out)
-    values = {field: about.get(field) for field in settings.fields}
-    return Row(
-        key=sample.key,
-        caption=caption,
-        place=sample.image,
-        size=image.size,
-        hash=image_hash(members.image),
-        fields={
-            field: str(value) for field, value in values.items() if isinstance(value, str | int)
-        },
-    )
-
-
-def _features(encoder: Encoder, batch: _Batch) -> Tensor:
+def _features(encoder: Encoder, batch: Batch) -> Tensor:
     features = encoder.features(torch.from_numpy(batch.pixels))
     finite = features.isfinite().all(dim=1)
     if not finite.all():

@@ -190,7 +190,8 @@ class SearchIndex:
             scores, numbers = search_exact(self._features, queries, k, chosen)
             return numbers.tolist(), scores.tolist()
         probes = probes_for(k, self.info.vectors.probes)
-        found = self._lists.candidates(queries, k * self.info.vectors.candidates, probes)
+        wanted = min(k * self.info.vectors.candidates, self.info.count)
+        found = self._lists.candidates(queries, wanted, probes)
         all_numbers, all_scores = [], []
         for query, row in zip(queries, found, strict=True):
             scores, numbers = rerank(self._features, query, row, k)

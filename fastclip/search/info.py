@@ -16,6 +16,9 @@ INDEX_FILE = "index.json"
 UNFINISHED_FILE = "unfinished.json"
 """What is known while shards are being embedded; it becomes the index when all is done."""
 
+_MOST = 2**63 - 1
+"""Of a number that is compared with int64 arrays."""
+
 FeatureDtype = Literal["float16", "float32"]
 VectorsKind = Literal["flat", "ivf"]
 
@@ -125,29 +128,48 @@ class Description:
 
     def check(self, where: Path) -> None:
         """Raises ValueError where its numbers and names contradict each other."""
-        counts = [self.model.embed_dim, self.model.image_size, self.model.context_length]
-        for shard in self.shards:
-            counts += [shard.size + 1, shard.samples + 1]
-        for part in self.parts:
-            counts += [part.first + 1, part.samples, part.records + 1]
+        for name in ("embed_dim", "image_size", "context_length"):
+            _check_count(f"{where}: model.{name}", getattr(self.model, name), least=1)
+        for place, shard in enumerate(self.shards):
+            _check_count(f"{where}: shards[{place}].size", shard.size)
+            _check_count(f"{where}: shards[{place}].samples", shard.samples)
+        for place, part in enumerate(self.parts):
+            _check_count(f"{where}: parts[{place}].first", part.first)
+            _check_count(f"{where}: parts[{place}].samples", part.samples, least=1)
+            _check_count(f"{where}: parts[{place}].records", part.records)
             if not 0 <= part.shard < len(self.shards):
                 raise ValueError(f"{where}: {part.file} is of shard {part.shard}, which is no one")
             if part.first + part.samples > self.shards[part.shard].samples:
                 raise ValueError(f"{where}: {part.file} has more samples than its shard")
             if part.records > part.samples:
                 raise ValueError(f"{where}: {part.file} has more records than samples")
-        if min(counts, default=1) < 1:
-            raise ValueError(f"{where}: a count is negative or zero")
         files = [part.file for part in self.parts]
-        if self.vectors is not None and self.vectors.kind != "flat":
-            files.append(self.vectors.file)
-            if self.vectors.probes < 1 or self.vectors.candidates < 1:
-                raise ValueError(f"{where}: its vectors are searched with 0 probes or candidates")
+        if self.vectors is not None:
+            if not self.count:  # of an index that is finished
+                raise ValueError(f"{where}: parts are none, or have no records")
+            _check_vectors(where, self.vectors)
+            if self.vectors.kind != "flat" or self.vectors.file:
+                files.append(self.vectors.file)
         for file in files:
             if not file or Path(file).name != file or file.startswith("."):
                 raise ValueError(f"{where}: {file!r} is no name of a file beside it")
         if len(set(files)) != len(files):
             raise ValueError(f"{where}: a file is named twice")
+
+
+def _check_vectors(where: Path, vectors: VectorsInfo) -> None:
+    for name in ("probes", "candidates"):
+        least = 0 if vectors.kind == "flat" else 1
+        _check_count(f"{where}: vectors.{name}", getattr(vectors, name), least=least)
+    for name in ("recall_images", "recall_texts"):
+        recall = getattr(vectors, name)
+        if recall is not None and not 0 <= recall <= 1:  # NaN neither
+            raise ValueError(f"{where}: vectors.{name} is from 0 to 1, not {recall}")
+
+
+def _check_count(name: str, value: int, *, least: int = 0) -> None:
+    if not least <= value <= _MOST:
+        raise ValueError(f"{name} is a whole number from {least} to 2**63 - 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +212,7 @@ def load_description(path: Path) -> Description:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another version.
+        ValueError: it is damaged, or of another version; the message names the field.
     """
     try:
         value: Any = json.loads(path.read_bytes())
@@ -202,6 +224,9 @@ def load_description(path: Path) -> Description:
             f"{path} has format {version!r}, and this version reads {FORMAT}: make the index anew "
             "with fastclip embed"
         )
-    description: Description = from_dict(Description, value, str(path))
+    try:
+        description: Description = from_dict(Description, value, str(path))
+    except OverflowError:
+        raise ValueError(f"{path}: a recall is from 0 to 1, not a number of 300 digits") from None
     description.check(path)
     return description

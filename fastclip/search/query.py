@@ -18,6 +18,7 @@ from fastclip.eval.prompts import check_templates, fill
 from fastclip.report.contact_sheet import Hit, draw_contact_sheet
 from fastclip.search.encoder import MAX_QUERY_BYTES, Encoder
 from fastclip.search.index import SearchIndex
+from fastclip.search.outputs import check_sheet
 from fastclip.search.records import Found
 
 _THUMBNAIL = 88
@@ -183,8 +184,7 @@ def draw_found(
     Raises:
         ValueError, OSError: an image cannot be read any more, or the sheet not be written.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"a contact sheet is a PNG, and {path} does not end in .png")
+    check_sheet(path)
     drawn = []
     for query, found in rows:
         hits = [

@@ -33,6 +33,7 @@ from fastclip.serve.answers import (
     ZeroShotQuestion,
 )
 from fastclip.serve.assets import add_page
+from fastclip.serve.connections import server_config
 from fastclip.serve.errors import (
     RequestError,
     on_http_exception,
@@ -56,9 +57,6 @@ FILTER = "filter."
 _THREADS = 2
 _WAITING = 256
 """A page of 200 results asks for 200 thumbnails, six at a time."""
-
-_CONNECTIONS = 64
-"""Each may hold an image that is being sent."""
 
 _QUESTION_BYTES = 1024 * 1024
 _FOREVER = "private, max-age=31536000, immutable"
@@ -111,7 +109,11 @@ def search_options(
 ) -> SearchOptions:
     """The options of a search in its address; ``filter.style=noto`` names a field."""
     filters: dict[str, str] = {}
+    named: set[str] = set()
     for name, value in request.query_params.multi_items():
+        if name in named:
+            raise RequestError(400, f"{name[:60]!r} is given more than once")
+        named.add(name)
         if name.startswith(FILTER):
             filters[name.removeprefix(FILTER)] = value
         elif name not in ("q", "image", "k", "exact"):
@@ -276,14 +278,7 @@ def serve(
         "%s images of %s at http://%s:%d (interrupt to stop)",
         f"{index.info.count:,}", index_path, address, listening.getsockname()[1],
     )  # fmt: skip
-    config = uvicorn.Config(
-        build_app(index, encoder, host=host, allow_hosts=allow_hosts),
-        log_level="warning",
-        access_log=False,  # queries are nobody's business
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=3,
-    )
+    config = server_config(build_app(index, encoder, host=host, allow_hosts=allow_hosts))
     with contextlib.suppress(KeyboardInterrupt):  # that is how it ends
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastclip.serve.errors import error_response
@@ -112,6 +113,8 @@ class Guard:
             return
         try:
             await self.app(scope, receive, send_guarded)
+        except ClientDisconnect:
+            return  # amid a body; nobody is there to be answered
         except Exception:
             logger.exception("%s %s", scope["method"], scope["path"])
             if started:

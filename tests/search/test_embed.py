@@ -187,29 +187,75 @@ def test_one_process_at_a_time(
         _again(whole, tmp_path)
 
 
-def test_what_cannot_be_decoded_is_listed_and_counted(tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_listed_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [sample(number) for number in range(12)]
     rows[2][1]["png"] = rows[2][1]["png"][:100]
     rows[5][1]["png"] = b"no image"
     rows[7][1]["txt"] = b"\xff\xfe"
     rows[8][1].pop("txt")
     rows[9][1].pop("json")
+    rows[10][1]["json"] = b"{"
+    rows[11][1]["json"] = b"[]"
     (tmp_path / "shards").mkdir()
     shard = write_tar(tmp_path / "shards" / "00000.tar", rows)
     write_model(tmp_path / "model")
-    _again(tmp_path, tmp_path / "index")
+    with caplog.at_level("INFO", "fastclip"):
+        _again(tmp_path, tmp_path / "index")
     index = SearchIndex.open(tmp_path / "index")
-    assert (index.info.count, index.info.quarantined) == (9, 3)
+    assert (index.info.count, index.info.quarantined) == (10, 2)
     lines = (tmp_path / "index" / "quarantine.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert [(e["key"], e["kind"]) for e in entries] == [
-        ("000002", "broken image"), ("000005", "broken image"), ("000007", "broken caption"),
+        ("000002", "broken image"), ("000005", "broken image"),
     ]  # fmt: skip
     assert {entry["shard"] for entry in entries} == {str(shard)}
-    records = {record.key: record for record in map(index.record, range(9))}
+    records = {record.key: record for record in map(index.record, range(10))}
+    assert records["000007"].caption == ""
+    assert records["000007"].fields == {"label": json.loads(rows[7][1]["json"])["label"]}
+    for key in ("000010", "000011"):
+        assert records[key].fields == {}
+        assert records[key].caption == rows[int(key)][1]["txt"].decode()
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    for key, kind in (("000007", "caption"), ("000010", "metadata"), ("000011", "metadata")):
+        assert any(f"00000.tar: {key}: broken {kind}" in message for _, message in said)
+    counted = [message for level, message in said if level == "WARNING" and "image(s)" in message]
+    assert sorted(counted) == [
+        "1 image(s) embedded without a part that is unusable: broken caption",
+        "2 image(s) embedded without a part that is unusable: broken metadata",
+    ]
     assert records["000008"].caption == ""
     assert records["000009"].fields == {}
     assert index.image(records["000003"].number) == sample(3)[1]["png"]
+
+
+def test_a_caption_in_broken_metadata_is_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [sample(number) for number in range(3)]
+    rows[1][1]["json"] = b"{"
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "00000.tar", rows)
+    write_model(tmp_path / "model")
+    _again(tmp_path, tmp_path / "index", caption_key="json:label")
+    index = SearchIndex.open(tmp_path / "index")
+    expected = [
+        json.loads(rows[0][1]["json"])["label"],
+        "",
+        json.loads(rows[2][1]["json"])["label"],
+    ]
+    assert [index.record(number).caption for number in range(3)] == expected
+    assert [message for message in caplog.messages if "image(s)" in message] == [
+        "1 image(s) embedded without a part that is unusable: broken metadata"
+    ]
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_file_where_the_folder_should_be(tmp_path: Path, below: str) -> None:
+    (tmp_path / "out").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"--out needs a folder, and .*/out is none"):
+        embed("no shards", tmp_path / "no model", tmp_path / "out" / below, SETTINGS)
 
 
 def test_no_image_that_can_be_used(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fastclip.search.embed import embed
 from fastclip.search.encoder import Encoder
 from fastclip.search.index import SearchIndex, file_hash
-from fastclip.search.info import Description, load_description, save_description
+from fastclip.search.info import Description, VectorsInfo, load_description, save_description
 from indexed import SETTINGS, write_index, write_model
 from shards import evaluation_pixels, sample, write_shards
 
@@ -225,6 +226,20 @@ def _part(**changes: object) -> Change:
     return change
 
 
+def _shard(**changes: Any) -> Change:
+    def change(before: Description) -> Description:
+        shard = dataclasses.replace(before.shards[0], **changes)
+        return dataclasses.replace(before, shards=(shard, *before.shards[1:]))
+
+    return change
+
+
+def _vectors(**changes: Any) -> Change:
+    return lambda before: dataclasses.replace(
+        before, vectors=dataclasses.replace(VectorsInfo(kind="flat"), **changes)
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -233,7 +248,27 @@ def _part(**changes: object) -> Change:
         (_part(records=17), "more records than samples"),
         (_part(records=15), "is damaged"),
         (_part(first=1), "more samples than its shard"),
-        (_part(first=-1), "negative"),
+        (_part(first=-1), r"index.json: parts\[1\].first is a whole number from 0 to 2\*\*63 - 1"),
+        (_part(samples=0), r"index.json: parts\[1\].samples is a whole number from 1 "),
+        (_part(records=10**30), r"index.json: parts\[1\].records is .*, not 10{30}$"),
+        (_shard(size=10**30), r"index.json: shards\[0\].size is .*, not 10{30}$"),
+        (_shard(size=-1), r"index.json: shards\[0\].size is .*, not -1$"),
+        (_shard(samples=2**63), r"index.json: shards\[0\].samples is "),
+        (lambda d: dataclasses.replace(d, parts=()), "index.json: parts are none"),
+        (
+            lambda d: dataclasses.replace(d, model=dataclasses.replace(d.model, context_length=0)),
+            "model.context_length is a whole number from 1 ",
+        ),
+        (_vectors(recall_images=1.5), "vectors.recall_images is from 0 to 1, not 1.5"),
+        (_vectors(recall_texts=float("nan")), "vectors.recall_texts is from 0 to 1, not nan"),
+        (_vectors(recall_texts=10**400), "a recall is from 0 to 1"),
+        (_vectors(probes=-1), "vectors.probes is a whole number from 0 "),
+        (_vectors(kind="ivf", file="v", probes=0), "vectors.probes is a whole number from 1 "),
+        (
+            _vectors(kind="ivf", file="v", probes=1, candidates=10**30),
+            "vectors.candidates is a whole number from 1 ",
+        ),
+        (_vectors(file="../part-00001.safetensors"), "no name of a file"),
         (_part(file="../part-00001.safetensors"), "no name of a file"),
         (_part(file="part-00000.safetensors"), "named twice"),
         (_part(file="gone.safetensors"), "gone.safetensors is not there"),
@@ -329,6 +364,11 @@ def test_lists_find_what_the_exact_search_does(tmp_path: Path) -> None:
     assert [len(row) for row in index.search(queries, 1000)] == [120, 120]
     (label,) = index.search(queries[:1], 50, filters={"label": "red circle"})
     assert len(label) == 5
+    vectors = dataclasses.replace(index.info.vectors, candidates=2**62)  # more than there are
+    where = tmp_path / "index" / "index.json"
+    save_description(where, dataclasses.replace(index.description, vectors=vectors))
+    (row,) = SearchIndex.open(tmp_path / "index").search(queries[:1], 5)
+    assert [hit.score for hit in row] == pytest.approx([hit.score for hit in exact[0]], abs=1e-6)
     path = tmp_path / "index" / index.info.vectors.file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"vectors-120\.safetensors is damaged"):

@@ -173,9 +173,21 @@ def test_search(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "green" not in out
 
 
-def test_a_sheet_is_a_png(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not end in .png"):
-        _run("search", folder / "index", "dog", "--sheet", tmp_path / "sheet.jpg")
+@pytest.mark.parametrize(
+    ("sheet", "message"),
+    [
+        ("sheet.jpg", "does not end in .png"),
+        ("folder.png", "--sheet is a file, and .*folder.png is a folder"),
+        ("file/sheet.png", "--sheet needs a folder, and .*file is none"),
+    ],
+)
+def test_a_sheet_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, sheet: str, message: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=message):  # not that there is no index
+        _run("search", tmp_path / "no index", "dog", "--sheet", tmp_path / sheet)
 
 
 def test_a_model_that_has_moved_is_named(tmp_path: Path) -> None:

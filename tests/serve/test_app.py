@@ -247,6 +247,13 @@ def test_an_endless_body_is_cut_off(client: httpx.Client) -> None:
         (f"/api/search?q=a&k={MAX_RESULTS + 1}", "k: "),
         ("/api/search?q=a&k=x", "k: "),
         ("/api/search?q=a&limit=3", "'limit' is no parameter"),
+        ("/api/search?q=a&q=b", "'q' is given more than once"),
+        ("/api/search?q=a&k=3&k=4", "'k' is given more than once"),
+        (
+            "/api/search?q=a&filter.label=red+circle&filter.label=blue+square",
+            "'filter.label' is given more than once",
+        ),
+        ("/api/similar/1?exact=true&exact=false", "'exact' is given more than once"),
         ("/thumbnail/1?size=5000", "size is one of"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import httpx
@@ -88,3 +89,21 @@ def test_an_unexpected_error_is_told_without_its_words(caplog: pytest.LogCapture
     )
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "/a/secret/path" in caplog.text
+
+
+def test_who_leaves_amid_an_upload_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served(write_index(tmp_path, pairs=16)) as address:
+        host, port = httpx.URL(address).host, httpx.URL(address).port
+        assert port is not None
+        with socket.create_connection((host, port), timeout=60) as client:
+            client.sendall(
+                f"POST /api/images HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: image/png\r\n"
+                "Content-Length: 100\r\nExpect: 100-continue\r\n\r\n".encode()
+            )
+            assert b" 100 " in client.recv(100)  # the body is being read
+            client.sendall(b"\x89PNG")
+    # The server has stopped, and so has ended every request.
+    assert caplog.records == []
+    assert "Traceback" not in capfd.readouterr().err
