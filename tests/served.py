@@ -12,6 +12,7 @@ import uvicorn
 from fastclip.search.encoder import Encoder
 from fastclip.search.index import SearchIndex
 from fastclip.serve.app import build_app, listen
+from fastclip.serve.connections import server_config
 
 
 @contextmanager
@@ -24,8 +25,7 @@ def served(index_path: Path, **options: str) -> Iterator[str]:
     index = SearchIndex.open(index_path)
     encoder = Encoder(Path(index.info.model_path))
     listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(build_app(index, encoder, **options), log_level="warning")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(build_app(index, encoder, **options)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -41,6 +41,7 @@ from fastclip.data.shard_table import (
     load_summary,
     load_table,
     partial_path,
+    remove_abandoned,
     save_table,
     scan_shard,
 )
@@ -138,6 +139,8 @@ def build_index(
     shards = local_shards(pattern)
     FILES.forget(shards)
     todo = [shard for shard in shards if anew or not _is_current(shard)]
+    for folder in {shard.parent for shard in shards}:
+        remove_abandoned(folder)
     logger.info("%d shard(s), %d to be looked through", len(shards), len(todo))
     with _pool(workers, len(todo)) as pool:
         for number, _ in enumerate(pool.map(_index_shard, todo), 1):

@@ -8,7 +8,6 @@ columns are read when the first sample is asked for.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ _ROLES = ("image", CAPTION_EXTENSION, METADATA_EXTENSION)
 _VERSION = 1
 _ENTRY = "fastclip_index"
 _LONGEST_HEADER = 64 << 20
+_PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600
 
 
@@ -232,15 +232,17 @@ def save_table(shard: Path, summary: Summary, table: ShardTable) -> Path:
 
 
 def partial_path(target: Path) -> Path:
-    """Where this process writes `target`, which takes a moment, before it is whole.
+    """Where this process writes `target`, which takes a moment, before it is whole."""
+    return target.with_name(f".{target.name}.{os.getpid()}{_PARTIAL}")
 
-    Others of this kind that are an hour old were left by processes that were killed: they go.
-    """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        with contextlib.suppress(OSError):  # another process has removed it
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                left.unlink()
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed have left of `partial_path`: an hour old or more."""
+    for suffix in (INDEX_SUFFIX, DALI_SUFFIX):
+        for left in folder.glob(f".*{suffix}.*{_PARTIAL}"):
+            with contextlib.suppress(OSError):  # another process has removed it
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    left.unlink()
 
 
 def load_summary(shard: Path) -> Summary | None:

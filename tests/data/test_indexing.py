@@ -164,7 +164,7 @@ def test_an_index_is_made_once_and_anew_when_the_shard_changes(tmp_path: Path) -
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", PAIRS)
     left = [tmp_path / f".a{suffix}.123.partial" for suffix in (".fcidx", ".idx")]
-    busy, other = tmp_path / ".a.fcidx.124.partial", tmp_path / ".ab.fcidx.123.partial"
+    busy, other = tmp_path / ".a.fcidx.124.partial", tmp_path / ".ab.txt.123.partial"
     for file in (*left, busy, other):
         file.write_bytes(b"begun")
     for file in (*left, other):

@@ -301,7 +301,7 @@ def test_the_limit_of_pixels_is_this_calls(tmp_path: Path) -> None:
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, 60, 1)
     for shard in list(shards.glob("*.tar")):
-        for copy in range(15):
+        for copy in range(40):
             (shards / f"{shard.stem}-{copy}.tar").write_bytes(shard.read_bytes())
     command = [sys.executable, "-m", "fastclip", "data", "index", str(shards), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
