@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.config import TrainConfig, apply_overrides, load_config
-from fastclip.data.rewriting import check_target, write_whole
+from fastclip.data.rewriting import check_target, write_text
 from fastclip.distributed.runtime import initialise, shutdown
 from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark, summary
 from fastclip.eval.datasets import nearest, paper_results
@@ -94,7 +94,7 @@ class Benchmark:
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         check_target(path)
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
 
 
 def evaluate_datasets(

@@ -62,7 +62,7 @@ def _eval(options: argparse.Namespace) -> int:
     for name in ("only", "linear_probe", "few_shot", "figure", "preset"):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --datasets ROOT")
-    from fastclip.data.rewriting import check_target, write_whole
+    from fastclip.data.rewriting import check_target, write_text
     from fastclip.eval.suite import format_table
     from fastclip.evaluate import evaluate
 
@@ -71,8 +71,7 @@ def _eval(options: argparse.Namespace) -> int:
     metrics, is_main = evaluate(options.path, options.overrides, device=options.device)
     if is_main:
         if options.json is not None:
-            content = (json.dumps(metrics, indent=2) + "\n").encode()
-            write_whole(options.json, lambda file: file.write(content))
+            write_text(options.json, json.dumps(metrics, indent=2) + "\n")
         print(format_table(metrics))
     return 0
 

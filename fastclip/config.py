@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.data.config import DataConfig
+from fastclip.data.rewriting import write_text
 from fastclip.engine.config import EngineConfig
 from fastclip.eval.suite import EvalConfig
 from fastclip.models.attention import AttentionConfig
@@ -353,8 +354,8 @@ def _type_name(annotation: Any) -> str:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Write the configuration as JSON, whole or not at all."""
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:

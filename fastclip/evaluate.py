@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from fastclip.checkpoint import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
-from fastclip.data.eval_loader import eval_pixels
+from fastclip.data.pixels import PixelReader
+from fastclip.data.transforms import centre_crop
 from fastclip.distributed.runtime import initialise, shutdown
 from fastclip.eval.answers import answer_task
 from fastclip.eval.prompts import fill
@@ -19,7 +20,6 @@ from fastclip.eval.suite import run_suite
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig
-from fastclip.ops.similarity import similarity_topk
 from fastclip.report.contact_sheet import Hit, draw_contact_sheet
 from fastclip.report.learning_curve import draw_learning_curve, read_metrics
 from fastclip.tokenizer import Tokenizer
@@ -139,29 +139,18 @@ def _search(
         device=torch.device("cpu"),
         apply_orientation=config.data.apply_orientation,
     )
-    present = found.target.unique()
-    # Spread over the list of classes, so that neighbours do not fill the sheet.
-    chosen = present[:: max(1, len(present) // _SHEET_TEXTS)][:_SHEET_TEXTS]
-    best = similarity_topk(
-        found.classifier[chosen],
-        found.images,
-        min(_SHEET_IMAGES, len(found.images)),
-        normalize=False,
-    )
     rows = []
-    for place, values, places in zip(chosen.tolist(), *(x.tolist() for x in best), strict=True):
-        hits = [
-            Hit(
-                eval_pixels(
-                    found.index,
-                    found.numbers[row],
-                    config.model.vision.image_size,
-                    apply_orientation=config.data.apply_orientation,
-                ),
-                score,
-                int(found.target[row]) == place,
+    with PixelReader(
+        workers=config.eval.workers, apply_orientation=config.data.apply_orientation
+    ) as reader:
+        for place, scores, places in found.nearest_images(_SHEET_TEXTS, _SHEET_IMAGES):
+            numbers = [found.numbers[row] for row in places]
+            pixels, _ = reader.read(
+                found.index, numbers, config.model.vision.image_size, centre_crop
             )
-            for score, row in zip(values, places, strict=True)
-        ]
-        rows.append((fill(found.templates, found.classes.names[place])[0], hits))
+            hits = [
+                Hit(image, score, int(found.target[row]) == place)
+                for image, score, row in zip(pixels, scores, places, strict=True)
+            ]
+            rows.append((fill(found.templates, found.classes.names[place])[0], hits))
     return rows

@@ -26,7 +26,6 @@ from fastclip.flops import peak_flops
 logger = logging.getLogger("fastclip")
 
 _STATED_VERSIONS = ("torch", "triton", "deepspeed", "numpy", "pillow", "simplejpeg")
-"""Of the packages that a run's numbers and speed may depend on."""
 
 
 class Throughput:
@@ -159,8 +158,8 @@ class RunLogger:
             "begin": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self._first_step,
             "description": description,
-            "machine": _machine(),
-            "versions": _versions(),
+            "machine": machine(),
+            "versions": versions(),
         }
         with (self.directory / "launches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(launch) + "\n")
@@ -233,13 +232,15 @@ class RunLogger:
         return " | ".join(parts)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """This one, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {os.cpu_count()} CPUs"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that a run's numbers and speed may depend on, as far as installed."""
     found = {"fastclip": __version__, "python": platform.python_version()}
     for name in _STATED_VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

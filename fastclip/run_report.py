@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from fastclip.config import TrainConfig, apply_overrides, load_config, to_dict
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import eval_batches, eval_pixels
-from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, ShardIndex, index_shards
-from fastclip.data.rewriting import check_target, write_whole
-from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.data.index import ShardIndex
+from fastclip.data.pixels import PixelReader
+from fastclip.data.rewriting import check_target, write_text
+from fastclip.data.transforms import centre_crop
+from fastclip.distributed.runtime import Runtime, initialise_alone, shutdown
 from fastclip.eval.answers import answer_task
 from fastclip.eval.prompts import fill
-from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, best_ranks, group_captions
+from fastclip.eval.retrieval import (
+    RECALL_AT,
+    RetrievalTask,
+    embed_pairs,
+    group_captions,
+    recall,
+)
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.evaluate import load_trained, run_folder
 from fastclip.metrics import duration
@@ -70,12 +76,15 @@ def write_report(
     rows = read_metrics(folder / "metrics.jsonl")
     model, checkpoint = load_trained(path)
     config.data.configure_remote()
-    runtime = initialise(device)
+    runtime = initialise_alone(device, "fastclip report")
     try:
-        if runtime.world_size > 1:
-            raise ValueError("a report is made by one process: start it without a launcher")
-        with torch.inference_mode():
-            view = _View(model.to(runtime.device), config, runtime)
+        with (
+            torch.inference_mode(),
+            PixelReader(
+                workers=config.eval.workers, apply_orientation=config.data.apply_orientation
+            ) as reader,
+        ):
+            view = _View(model.to(runtime.device), config, runtime, reader)
             page = RunPage(
                 title=f"Run {folder.resolve().name}",
                 subtitle=f"{checkpoint.name} of {folder}",
@@ -90,8 +99,7 @@ def write_report(
             )
     finally:
         shutdown()
-    text = render(page)
-    write_whole(target, lambda file: file.write(text.encode()))
+    write_text(target, render(page))
     return target
 
 
@@ -102,6 +110,7 @@ class _View:
     model: Clip
     config: TrainConfig
     runtime: Runtime
+    reader: PixelReader
 
     def __post_init__(self) -> None:
         self.size = self.config.model.vision.image_size
@@ -120,23 +129,13 @@ class _View:
             apply_orientation=self.config.data.apply_orientation,
         )
         names, target = found.classes.names, found.target
-        shots = _Shots(found.index, found.numbers, self.size, self.config.data.apply_orientation)
-        present = target.unique()
-        chosen = present[:: max(1, len(present) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
-        best = similarity_topk(
-            found.classifier[chosen],
-            found.images,
-            min(_GALLERY_IMAGES, len(found.images)),
-            normalize=False,
-        )
+        shots = _Shots(found.index, found.numbers, self.size, self.reader)
         gallery = [
             (
                 fill(found.templates, names[place])[0],
-                shots.found(values, rows, [int(target[row]) == place for row in rows]),
+                shots.found(scores, rows, [int(target[row]) == place for row in rows]),
             )
-            for place, values, rows in zip(
-                chosen.tolist(), best[0].tolist(), best[1].tolist(), strict=True
-            )
+            for place, scores, rows in found.nearest_images(_GALLERY_TEXTS, _GALLERY_IMAGES)
         ]
         return ZeroShotPart(
             name=task.name,
@@ -151,32 +150,23 @@ class _View:
 
     def retrieval(self, task: RetrievalTask) -> RetrievalPart:
         """Recall, finds in both directions, and the similarities of some pairs."""
-        need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
-        index = index_shards(task.shards, needs=(need,))
-        image_parts, text_parts, numbers = [], [], []
-        captions: list[str] = []
-        device = self.runtime.device
-        for batch in self._pairs(index, task.caption_key):
-            output = self.model(images=batch.images.to(device), tokens=batch.tokens.to(device))
-            image_parts.append(output.image_features)
-            text_parts.append(output.text_features)
-            captions += batch.captions
-            numbers += batch.numbers
-        if not numbers:
-            raise ValueError(f"retrieval task {task.name}: no pair could be read")
-        images, texts = torch.cat(image_parts), torch.cat(text_parts)
-        groups, first_rows = group_captions(captions)
-        groups, distinct = groups.to(device), texts[first_rows.to(device)]
+        pairs = embed_pairs(
+            self.model,
+            self.tokenizer,
+            task,
+            image_size=self.size,
+            batch_size=self.config.eval.batch_size,
+            workers=self.config.eval.workers,
+            runtime=self.runtime,
+            apply_orientation=self.config.data.apply_orientation,
+        )
+        images, texts, captions = pairs.images, pairs.texts, pairs.captions
+        measured = recall(pairs, self.runtime)
+        groups, first_rows = (x.to(images.device) for x in group_captions(captions))
+        distinct = texts[first_rows]
         names = [captions[row] for row in first_rows.tolist()]
-        places = torch.arange(len(names), device=device)
-        recall = [
-            (way, [float((ranks < k).float().mean()) for k in RECALL_AT])
-            for way, ranks in (
-                ("text found for an image", best_ranks(images, distinct, groups, places)),
-                ("image found for a text", best_ranks(distinct, images, places, groups)),
-            )
-        ]
-        shots = _Shots(index, numbers, self.size, self.config.data.apply_orientation)
+        places = torch.arange(len(names), device=images.device)
+        shots = _Shots(pairs.index, pairs.numbers, self.size, self.reader)
         asked = places[:: max(1, len(names) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
         values, rows = similarity_topk(
             distinct[asked], images, min(_GALLERY_IMAGES, len(images)), normalize=False
@@ -190,42 +180,41 @@ class _View:
                 asked.tolist(), values.tolist(), rows.tolist(), strict=True
             )
         ]
-        shown_rows = first_rows.to(device)[asked]
+        shown_rows = first_rows[asked]
         values, found = similarity_topk(
             images[shown_rows], distinct, min(5, len(names)), normalize=False
         )
         image_to_text = [
             (
-                shots.picture(row),
+                image,
                 [
                     (names[place], value, place == int(groups[row]))
                     for value, place in zip(values, places, strict=True)
                 ],
             )
-            for row, values, places in zip(
-                shown_rows.tolist(), values.tolist(), found.tolist(), strict=True
+            for image, row, values, places in zip(
+                shots.pictures(shown_rows.tolist()),
+                shown_rows.tolist(),
+                values.tolist(),
+                found.tolist(),
+                strict=True,
             )
         ]
         spread = first_rows[:: max(1, len(first_rows) // _BATCH_PAIRS)][:_BATCH_PAIRS]
         return RetrievalPart(
             name=task.name,
-            recall=recall,
+            recall=[
+                (words, [measured[f"{way}_r{k}"] for k in RECALL_AT])
+                for way, words in (
+                    ("image_to_text", "text found for an image"),
+                    ("text_to_image", "image found for a text"),
+                )
+            ],
             images=len(images),
             texts=len(names),
             text_to_image=text_to_image,
             image_to_text=image_to_text,
             similarities=_similarities(images, texts, spread, captions, shots),
-        )
-
-    def _pairs(self, index: ShardIndex, caption_key: str) -> Iterator[Batch]:
-        return eval_batches(
-            index,
-            image_size=self.size,
-            tokenizer=self.tokenizer,
-            batch_size=self.config.eval.batch_size,
-            workers=self.config.eval.workers,
-            caption_key=caption_key,
-            apply_orientation=self.config.data.apply_orientation,
         )
 
 
@@ -236,23 +225,22 @@ class _Shots:
     index: ShardIndex
     numbers: Sequence[int]
     size: int
-    apply_orientation: bool
+    reader: PixelReader
 
-    def picture(
-        self, row: int, *, score: float | None = None, right: bool | None = None
-    ) -> Picture:
-        number = self.numbers[row]
-        pixels = eval_pixels(
-            self.index, number, self.size, apply_orientation=self.apply_orientation
-        )
-        return picture(pixels, score=score, right=right, name=self.index[number].key)
+    def pictures(self, rows: Sequence[int]) -> list[Picture]:
+        return self.found([None] * len(rows), rows, [None] * len(rows))
 
     def found(
-        self, scores: Sequence[float], rows: Sequence[int], right: Sequence[bool]
+        self,
+        scores: Sequence[float | None],
+        rows: Sequence[int],
+        right: Sequence[bool | None],
     ) -> list[Picture]:
+        numbers = [self.numbers[row] for row in rows]
+        pixels, _ = self.reader.read(self.index, numbers, self.size, centre_crop)
         return [
-            self.picture(row, score=score, right=hit)
-            for score, row, hit in zip(scores, rows, right, strict=True)
+            picture(image, score=score, right=hit, name=self.index[number].key)
+            for image, number, score, hit in zip(pixels, numbers, scores, right, strict=True)
         ]
 
 
@@ -271,9 +259,11 @@ def _confusions(
     most = counts.most_common()
     if most and most[0][1] == 1:
         most = most[:: max(1, len(most) // _CONFUSIONS)]
+    shown = most[:_CONFUSIONS]
+    examples = shots.pictures([first[pair] for pair, _ in shown])
     return [
-        Confusion(names[a], names[b], count, of[a], shots.picture(first[a, b]))
-        for (a, b), count in most[:_CONFUSIONS]
+        Confusion(names[a], names[b], count, of[a], example)
+        for ((a, b), count), example in zip(shown, examples, strict=True)
     ]
 
 
@@ -300,7 +290,7 @@ def _similarities(
         values.tolist(),
         2,
         spread.tolist(),
-        [shots.picture(row) for row in rows.tolist()],
+        shots.pictures(rows.tolist()),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastclip.data.batch import Batch
 from fastclip.data.decode import BadSampleError
@@ -125,18 +124,3 @@ def _build(
         metadata=tuple(metadata),
         numbers=tuple(places),
     )
-
-
-def eval_pixels(
-    index: SampleSource, number: int, image_size: int, *, apply_orientation: bool = False
-) -> NDArray[np.uint8]:
-    """The pixels of one sample as `eval_batches` gives them, [R, R, 3].
-
-    Raises:
-        BadSampleError: the sample cannot be used.
-    """
-    decoder = build_decoder("auto", apply_orientation=apply_orientation)
-    pixels = np.empty((image_size, image_size, 3), np.uint8)
-    image = decoder.open(Members(index[number]).image)
-    decoder.decode(image, centre_crop(*image.size), pixels)
-    return pixels

@@ -96,6 +96,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` of a text."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def check_target(path: Path, *suffixes: str) -> None:
     """See that a file can be written there later, after what may take hours; makes its folder.
 

@@ -35,11 +35,7 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     Raises:
         ValueError: the launcher's variables are set in part, or the device is not there.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is auto, cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for and torch sees no CUDA device; use device=cpu")
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    on_cuda = is_on_cuda(device)
     rank, local_rank, world_size = _launcher_environment()
     where = torch.device("cpu")
     if on_cuda:
@@ -61,6 +57,36 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     return Runtime(
         rank=rank, local_rank=local_rank, world_size=world_size, device=where, backend=backend
     )
+
+
+def initialise_alone(device: str, what: str) -> Runtime:
+    """`initialise`, for what one process does.
+
+    Raises:
+        ValueError: a launcher has started several ranks, or see `initialise`.
+    """
+    check_alone(what)
+    return initialise(device)
+
+
+def check_alone(what: str) -> None:
+    """Raise ValueError if a launcher has started several ranks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{what} is one process: start it without a launcher")
+
+
+def is_on_cuda(device: str) -> bool:
+    """Whether "auto", "cpu" or "cuda" means a CUDA device.
+
+    Raises:
+        ValueError: it is none of these, or the device is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is auto, cpu or cuda, not {device!r}")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError("device cuda was asked for and torch sees no CUDA device; use device=cpu")
+    return there and device != "cpu"
 
 
 def shutdown() -> None:

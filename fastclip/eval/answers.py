@@ -21,7 +21,7 @@ from fastclip.eval.zero_shot import (
     rank_of_target,
 )
 from fastclip.models.clip import Clip
-from fastclip.ops.similarity import similarity
+from fastclip.ops.similarity import similarity, similarity_topk
 from fastclip.tokenizer import Tokenizer
 
 _CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
@@ -52,6 +52,20 @@ class Answers:
 
     rank: Tensor
     """int64 [N], how many other classes are at least as near as the right one."""
+
+    def nearest_images(self, classes: int, images: int) -> list[tuple[int, list[float], list[int]]]:
+        """For some of the classes that the images show, the images that fit their texts best.
+
+        Returns:
+            Class, similarities and rows of `images`, best first. The classes are spread over the
+            list of those that are shown: neighbours are often alike.
+        """
+        present = self.target.unique()
+        chosen = present[:: max(1, len(present) // classes)][:classes]
+        values, rows = similarity_topk(
+            self.classifier[chosen], self.images, min(images, len(self.images)), normalize=False
+        )
+        return list(zip(chosen.tolist(), values.tolist(), rows.tolist(), strict=True))
 
 
 def answer_task(

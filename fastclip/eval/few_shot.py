@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclip.eval.features import Features
+from fastclip.eval.intervals import t_interval
 from fastclip.eval.linear_probe import (
     Measure,
     count_classes,
@@ -120,23 +121,6 @@ def equal_shots(zero_shot_value: float, results: Mapping[int, FewShotResult]) ->
             share = (zero_shot_value - value) / (next_value - value)
             return math.exp(math.log(k) + share * (math.log(next_k) - math.log(k)))
     return None
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a mean of at least two values, by Student's t.
-
-    Raises:
-        ImportError: scipy is not installed.
-    """
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError(
-            "few-shot intervals are computed by scipy: pip install 'fastclip-torch[eval]'"
-        ) from None
-    reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    return mean - reach, mean + reach
 
 
 def _shuffled(labels: Tensor, classes: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,7 +1,9 @@
-"""Exact statistics of counted successes, as the CLIP paper's overlap analysis uses them."""
+"""How sure numbers are: of counted successes, exactly, and of means, by Student's t."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -40,6 +42,26 @@ def binomial_p_value(successes: int, trials: int, null: float) -> float:
     if not 0 <= null <= 1:
         raise ValueError(f"a probability lies between 0 and 1, not {null}")
     return float(_scipy_stats().binom.sf(successes - 1, trials, null))
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """Student's t that holds the share `level` between minus and plus it.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    return float(_scipy_stats().t.ppf((1 + level) / 2, degrees))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of the 95 % interval of a mean of at least two values, by Student's t.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    reach = t_quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
 
 
 def _check(successes: int, trials: int) -> None:

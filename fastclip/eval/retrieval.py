@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from fastclip.data.eval_loader import eval_batches
-from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards
+from fastclip.data.index import (
+    CAPTION_EXTENSION,
+    METADATA_EXTENSION,
+    ShardIndex,
+    index_shards,
+)
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
@@ -82,6 +87,99 @@ def group_captions(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     return groups, torch.tensor(first_rows, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Features of a task's pairs; on every rank all of them, in the order of the ranks' shares."""
+
+    index: ShardIndex
+    images: Tensor
+    """fp32 [N, D], of unit length."""
+
+    texts: Tensor
+    """fp32 [N, D], of unit length."""
+
+    captions: list[str]
+    numbers: list[int]
+    """Places in the index."""
+
+
+def embed_pairs(
+    model: Clip,
+    tokenizer: Tokenizer,
+    task: RetrievalTask,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    runtime: Runtime,
+    apply_orientation: bool = False,
+) -> Pairs:
+    """The features that pairs are to be found again by; collective.
+
+    Raises:
+        ValueError: no pair could be read, or see `index_shards`.
+    """
+    need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
+    index = index_shards(task.shards, needs=(need,))
+    image_parts, text_parts = [], []
+    captions: list[str] = []
+    numbers: list[int] = []
+    for batch in eval_batches(
+        index,
+        image_size=image_size,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=workers,
+        caption_key=task.caption_key,
+        apply_orientation=apply_orientation,
+    ):
+        output = model(
+            images=batch.images.to(runtime.device), tokens=batch.tokens.to(runtime.device)
+        )
+        image_parts.append(output.image_features)
+        text_parts.append(output.text_features)
+        captions.extend(batch.captions)
+        numbers.extend(batch.numbers)
+    everyone: list[tuple[list[str], list[int]]] = all_gather_objects((captions, numbers))
+    sizes = [len(own) for own, _ in everyone]
+    if not sum(sizes):
+        raise ValueError(
+            f"retrieval task {task.name}: no pair of {shown(task.shards)} could be read"
+        )
+    return Pairs(
+        index,
+        all_gather_rows(torch.cat(image_parts), sizes),
+        all_gather_rows(torch.cat(text_parts), sizes),
+        [caption for own, _ in everyone for caption in own],
+        [number for _, own in everyone for number in own],
+    )
+
+
+def recall(pairs: Pairs, runtime: Runtime) -> dict[str, float]:
+    """What `retrieval` returns, of these pairs; collective."""
+    images, texts = pairs.images, pairs.texts
+    groups, first_rows = (x.to(images.device) for x in group_captions(pairs.captions))
+    distinct = texts[first_rows]
+    text_groups = torch.arange(len(distinct), device=texts.device)
+
+    # Each rank asks its share of the questions.
+    def mine(x: Tensor) -> Tensor:
+        return x[runtime.rank :: runtime.world_size]
+
+    image_ranks = best_ranks(mine(images), distinct, mine(groups), text_groups)
+    text_ranks = best_ranks(mine(distinct), images, mine(text_groups), groups)
+    hits = [[int((ranks < k).sum()) for k in RECALL_AT] for ranks in (image_ranks, text_ranks)]
+    everyone = all_gather_objects(hits)
+    result: dict[str, float] = {}
+    directions = (("image_to_text", len(images)), ("text_to_image", len(distinct)))
+    for direction, (name, total) in enumerate(directions):
+        for place, k in enumerate(RECALL_AT):
+            result[f"{name}_r{k}"] = sum(hit[direction][place] for hit in everyone) / total
+    return {**result, "images": float(len(images)), "texts": float(len(distinct))}
+
+
 def retrieval(
     model: Clip,
     tokenizer: Tokenizer,
@@ -102,52 +200,14 @@ def retrieval(
         ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``
         and ``texts``.
     """
-    need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
-    index = index_shards(task.shards, needs=(need,))
-    image_parts, text_parts, captions = [], [], []
-    for batch in eval_batches(
-        index,
+    pairs = embed_pairs(
+        model,
+        tokenizer,
+        task,
         image_size=image_size,
-        tokenizer=tokenizer,
         batch_size=batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
         workers=workers,
-        caption_key=task.caption_key,
+        runtime=runtime,
         apply_orientation=apply_orientation,
-    ):
-        output = model(
-            images=batch.images.to(runtime.device), tokens=batch.tokens.to(runtime.device)
-        )
-        image_parts.append(output.image_features)
-        text_parts.append(output.text_features)
-        captions.extend(batch.captions)
-    own_images, own_texts = torch.cat(image_parts), torch.cat(text_parts)
-    all_captions: list[list[str]] = all_gather_objects(captions)
-    sizes = [len(part) for part in all_captions]
-    images = all_gather_rows(own_images, sizes)
-    texts = all_gather_rows(own_texts, sizes)
-    flat = [caption for part in all_captions for caption in part]
-    if not flat:
-        raise ValueError(
-            f"retrieval task {task.name}: no pair of {shown(task.shards)} could be read"
-        )
-
-    groups, first_rows = (x.to(images.device) for x in group_captions(flat))
-    distinct = texts[first_rows]
-    text_groups = torch.arange(len(distinct), device=texts.device)
-
-    # Each rank asks its share of the questions.
-    def mine(x: Tensor) -> Tensor:
-        return x[runtime.rank :: runtime.world_size]
-
-    image_ranks = best_ranks(mine(images), distinct, mine(groups), text_groups)
-    text_ranks = best_ranks(mine(distinct), images, mine(text_groups), groups)
-    hits = [[int((ranks < k).sum()) for k in RECALL_AT] for ranks in (image_ranks, text_ranks)]
-    everyone = all_gather_objects(hits)
-    result: dict[str, float] = {}
-    directions = (("image_to_text", len(flat)), ("text_to_image", len(distinct)))
-    for direction, (name, total) in enumerate(directions):
-        for place, k in enumerate(RECALL_AT):
-            result[f"{name}_r{k}"] = sum(hit[direction][place] for hit in everyone) / total
-    return {**result, "images": float(len(flat)), "texts": float(len(distinct))}
+    )
+    return recall(pairs, runtime)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastclip.eval.intervals import t_quantile
 from fastclip.experiments.objective_models import OBJECTIVES, Objective
-from fastclip.experiments.scaling_fit import t_quantile
 from fastclip.report.objectives_figure import ObjectiveCurve
 
 Rows = Sequence[Mapping[str, Any]]

@@ -30,6 +30,7 @@ from fastclip.config import TrainConfig, to_dict
 from fastclip.data.index import index_shards
 from fastclip.data.loader import TrainLoader
 from fastclip.data.reader import Members
+from fastclip.data.rewriting import write_text
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.experiments.objective_models import (
     Objective,
@@ -94,7 +95,7 @@ def train_objective(
     results = finished_results(settings, config, folder)
     if results is not None:
         return results
-    _write_text(folder / "settings.json", _about(settings, config))
+    write_text(folder / "settings.json", _about(settings, config))
     results = _read_results(folder / "results.jsonl")
     with ObjectiveRun(settings, config, folder) as run:
         results = [row for row in results if row["step"] <= run.step]
@@ -356,11 +357,4 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_results(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    _write_text(path, "".join(json.dumps(row) + "\n" for row in results))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in results))

@@ -14,8 +14,6 @@ import dataclasses
 import json
 import logging
 import multiprocessing
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -249,8 +247,10 @@ def _write(
     search: Sequence[Mapping[str, Any]],
 ) -> None:
     from fastclip.config import to_dict
+    from fastclip.data.rewriting import write_text
     from fastclip.eval.zero_shot import load_classes
     from fastclip.experiments.objective_results import TITLES, curve, ratios, sensitivity
+    from fastclip.metrics import machine, versions
     from fastclip.report.objectives_figure import draw_objectives
 
     results = {
@@ -262,12 +262,10 @@ def _write(
         "ratios_by_other_scores": sensitivity(runs, HEADLINE),
         "runs": {objective: list(seeds) for objective, seeds in runs.items()},
         "config": to_dict(config),
-        "versions": _versions(),
+        "versions": {**versions(), "machine": machine()},
         "commit": _commit(),
     }
-    partial = out / "objectives.json.partial"
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / "objectives.json")
+    write_text(out / "objectives.json", json.dumps(results, indent=1) + "\n")
     panels, chance = {}, {}
     for task in (task for name in TASKS for task in config.eval.zero_shot if task.name == name):
         classes = len(load_classes(task.classes).names)
@@ -277,19 +275,6 @@ def _write(
         chance[title] = 1 / classes
     for ending in ("png", "svg"):
         draw_objectives(panels, chance, out / f"objectives.{ending}")
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    from fastclip import __version__
-
-    return {
-        "fastclip": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-    }
 
 
 def _commit() -> str | None:

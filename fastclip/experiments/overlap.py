@@ -99,7 +99,8 @@ def run_overlap(
     from fastclip.data.hash_cache import HashCache
     from fastclip.data.index import index_shards
     from fastclip.data.pixels import PixelReader
-    from fastclip.distributed.runtime import shutdown
+    from fastclip.data.rewriting import write_text
+    from fastclip.distributed.runtime import initialise_alone, shutdown
     from fastclip.eval.answers import answer_task
     from fastclip.eval.overlap import analyse_overlap, find_duplicates
     from fastclip.evaluate import load_trained, run_folder
@@ -113,7 +114,7 @@ def run_overlap(
     images = index_shards(config.data.train if train is None else train, needs=())
     images.log_problems()
     out.mkdir(parents=True, exist_ok=True)
-    runtime = one_process(device)
+    runtime = initialise_alone(device, "this experiment")
     embed = _embedder(model.to(runtime.device), runtime)
     analyses: list[OverlapAnalysis] = []
     report: list[dict[str, Any]] = []
@@ -158,24 +159,9 @@ def run_overlap(
         "significance_level": _level(analyses),
         "tasks": report,
     }
-    (out / "overlap.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "overlap.json", json.dumps(content, indent=1) + "\n")
     _draw_figure(analyses, out / "overlap.png")
     return analyses
-
-
-def one_process(device: str) -> Runtime:
-    """The runtime of a process that works alone.
-
-    Raises:
-        ValueError: the device is not there, or a launcher has started several ranks.
-    """
-    from fastclip.distributed.runtime import initialise, shutdown
-
-    runtime = initialise(device)
-    if runtime.world_size > 1:
-        shutdown()
-        raise ValueError("this experiment works in one process: start it without a launcher")
-    return runtime
 
 
 def choose_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[ZeroShotTask]:

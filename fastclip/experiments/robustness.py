@@ -166,9 +166,10 @@ def run_robustness(
         ImportError: matplotlib or scipy is not installed.
     """
     from fastclip.config import apply_overrides, load_config
-    from fastclip.distributed.runtime import shutdown
+    from fastclip.data.rewriting import write_text
+    from fastclip.distributed.runtime import initialise_alone, shutdown
     from fastclip.evaluate import run_folder
-    from fastclip.experiments.overlap import choose_tasks, one_process
+    from fastclip.experiments.overlap import choose_tasks
 
     if not paths:
         raise ValueError("robustness needs at least one run or checkpoint")
@@ -178,11 +179,11 @@ def run_robustness(
     fitted = {found.resolve() for path in baselines for found in checkpoints_of(path)}
     found = [found for path in (*paths, *baselines) for found in checkpoints_of(path)]
     (out / "results").mkdir(parents=True, exist_ok=True)
-    runtime = one_process(device)
+    runtime = initialise_alone(device, "this experiment")
     models = []
     try:
         for checkpoint in dict.fromkeys(path.resolve() for path in found):
-            counts = [_count(checkpoint, task, config, runtime, out / "results") for task in tasks]
+            counts = _counts(checkpoint, tasks, config, runtime, out / "results")
             models.append(
                 Measured(
                     checkpoint=str(checkpoint),
@@ -196,8 +197,7 @@ def run_robustness(
         shutdown()
     line, note = fit_line(models)
     result = Robustness(seen=seen, unseen=unseen, models=models, line=line, note=note)
-    content = json.dumps(_as_json(result), indent=1) + "\n"
-    (out / "robustness.json").write_text(content, encoding="utf-8")
+    write_text(out / "robustness.json", json.dumps(_as_json(result), indent=1) + "\n")
     _draw(result, out / "robustness.png")
     return result
 
@@ -250,53 +250,74 @@ def fit_line(models: Sequence[Measured]) -> tuple[Line | None, str]:
     return line, f"line of {len(usable)} baselines, R² = {line.r_squared:.3f}{without}"
 
 
-def _count(
-    checkpoint: Path, task: ZeroShotTask, config: TrainConfig, runtime: Runtime, kept: Path
-) -> Count:
-    """The model's count on a task, computed once."""
+def _counts(
+    checkpoint: Path,
+    tasks: Sequence[ZeroShotTask],
+    config: TrainConfig,
+    runtime: Runtime,
+    kept: Path,
+) -> list[Count]:
+    """The model's count on each task, computed once."""
     import torch
 
-    from fastclip.data.rewriting import write_whole
+    from fastclip.data.rewriting import write_text
     from fastclip.eval.zero_shot import zero_shot
     from fastclip.evaluate import load_trained
     from fastclip.tokenizer import Tokenizer
 
-    path = kept / f"{_digest(checkpoint, task, config)}.json"
-    if path.is_file():
-        try:
-            return Count(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): delete it") from None
-    model, _ = load_trained(checkpoint)
-    with torch.no_grad():
-        numbers = zero_shot(
-            model.to(runtime.device),
-            Tokenizer(context_length=model.config.text.context_length),
-            task,
-            image_size=model.config.vision.image_size,
-            batch_size=config.eval.batch_size,
-            workers=config.eval.workers,
-            runtime=runtime,
-            apply_orientation=config.data.apply_orientation,
-        )
-    images = round(numbers["images"])
-    count = Count(right=round(numbers["top1"] * images), images=images)
-    write_whole(path, lambda file: file.write(json.dumps(asdict(count)).encode()))
-    logger.info("%s on %s: %.2f %%", checkpoint, task.name, 100 * count.accuracy)
-    return count
+    weights = _digest(checkpoint)
+    model = None
+    counts = []
+    for task in tasks:
+        path = kept / f"{_key(weights, task, config)}.json"
+        if path.is_file():
+            counts.append(_read_count(path))
+            continue
+        if model is None:
+            model = load_trained(checkpoint)[0].to(runtime.device)
+        with torch.no_grad():
+            numbers = zero_shot(
+                model,
+                Tokenizer(context_length=model.config.text.context_length),
+                task,
+                image_size=model.config.vision.image_size,
+                batch_size=config.eval.batch_size,
+                workers=config.eval.workers,
+                runtime=runtime,
+                apply_orientation=config.data.apply_orientation,
+            )
+        images = round(numbers["images"])
+        count = Count(right=round(numbers["top1"] * images), images=images)
+        write_text(path, json.dumps(asdict(count)))
+        logger.info("%s on %s: %.2f %%", checkpoint, task.name, 100 * count.accuracy)
+        counts.append(count)
+    return counts
 
 
-def _digest(checkpoint: Path, task: ZeroShotTask, config: TrainConfig) -> str:
-    """Changes with the weights, the images, the classes and the texts."""
-    from fastclip.data.index import METADATA_EXTENSION, index_shards
+def _read_count(path: Path) -> Count:
+    try:
+        return Count(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it") from None
 
-    digest = hashlib.blake2b(digest_size=16)
+
+def _digest(checkpoint: Path) -> bytes:
+    """Changes with the weights."""
+    digest = hashlib.sha256()
     for name in ("model.json", "model.safetensors"):
         with (checkpoint / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.digest()
+
+
+def _key(weights: bytes, task: ZeroShotTask, config: TrainConfig) -> str:
+    """Changes with the weights, the images, the classes and the texts."""
+    from fastclip.data.index import METADATA_EXTENSION, index_shards
+
     index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
     templates = task.templates if isinstance(task.templates, str) else list(task.templates)
     about = [index.hash, templates, config.data.apply_orientation]
+    digest = hashlib.blake2b(weights, digest_size=16)
     digest.update(json.dumps(about).encode())
     digest.update(Path(task.classes).read_bytes())
     return digest.hexdigest()

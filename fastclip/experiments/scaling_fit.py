@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastclip.eval.intervals import t_quantile
+
 Floats = NDArray[np.float64]
 
 FEWEST_FOR_FLOOR = 6
@@ -105,21 +107,6 @@ class Saturating:
     def supported(self) -> bool:
         """Whether the data ask for a floor: its AICc is lower by 2 and more."""
         return self.power_law_aicc - self.aicc >= 2
-
-
-def t_quantile(level: float, degrees: int) -> float:
-    """Student's t that holds the share `level` between minus and plus it.
-
-    Raises:
-        ImportError: SciPy is not installed.
-    """
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError(
-            "fits need SciPy for Student's t: pip install 'fastclip-torch[eval]'"
-        ) from None
-    return float(t.ppf((1 + level) / 2, degrees))
 
 
 def fit_power_law(flops: Sequence[float], errors: Sequence[float]) -> PowerLaw:

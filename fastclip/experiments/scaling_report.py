@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastclip.config import TrainConfig
+from fastclip.data.rewriting import write_text
 from fastclip.eval.table import columns
 from fastclip.experiments.scaling_family import Member, member_config, text_lengths
 from fastclip.experiments.scaling_fit import (
@@ -219,9 +220,7 @@ def _save(out: Path, measured: Sequence[Measured], fits: Fits | None) -> None:
         if fits.floor is not None:
             supported = {"supported": fits.floor.supported}
             content["saturating"] = dataclasses.asdict(fits.floor) | supported
-    scratch = out / "scaling.json.partial"
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(out / "scaling.json")
+    write_text(out / "scaling.json", json.dumps(content, indent=2) + "\n")
 
 
 def _model(one: Measured) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastclip.config import TrainConfig, load_config, save_config
-from fastclip.evaluate import evaluate
+from fastclip.data.rewriting import write_text
 from fastclip.experiments.scaling_groups import GroupTask, group_error
 from fastclip.report.learning_curve import read_metrics
 
@@ -90,9 +89,7 @@ def train_once(config: TrainConfig, groups: GroupTask | None, lock: int) -> Trai
     folder.mkdir(parents=True, exist_ok=True)
     recipe, result = folder / "recipe.json", folder / "result.json"
     if not recipe.exists():
-        scratch = recipe.with_suffix(".partial")
-        save_config(config, scratch)
-        scratch.replace(recipe)
+        save_config(config, recipe)
     elif load_config(recipe) != config:
         raise ValueError(
             f"{recipe} is of a training with other settings: choose another --out, or remove "
@@ -100,7 +97,8 @@ def train_once(config: TrainConfig, groups: GroupTask | None, lock: int) -> Trai
         )
     if not result.exists():
         _run_child(recipe, folder / "train.log", lock)
-        _write(result, dataclasses.asdict(_read(config, groups)))
+        found = dataclasses.asdict(_read(config, groups))
+        write_text(result, json.dumps(found, indent=2) + "\n")
     return Training(**json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -151,8 +149,11 @@ def _read(config: TrainConfig, groups: GroupTask | None) -> Training:
                 for name, value in row.items()
                 if name.startswith("eval/")
             }
-    if not evaluation:  # a signal at the last step has it saved and not evaluated
-        evaluation, _ = evaluate(Path(config.run.directory), [], device=config.run.device)
+    if not evaluation:
+        raise ValueError(
+            f"{config.run.directory} has no evaluation of its last step in metrics.jsonl: remove "
+            "it to train anew"
+        )
     names = [task.name for task in config.eval.zero_shot]
     errors = {name: 1 - evaluation[f"zero_shot/{name}/top1"] for name in names}
     images = {name: int(evaluation[f"zero_shot/{name}/images"]) for name in names}
@@ -174,10 +175,3 @@ def _read(config: TrainConfig, groups: GroupTask | None) -> Training:
             if name.startswith("retrieval/")
         },
     )
-
-
-def _write(path: Path, content: Any) -> None:
-    """All of it or nothing."""
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 _COLOURS = ("#2f6fb5", "#c8642a", "#2a9d4a", "#8a55b0", "#b53a5d", "#6b7785")
 _AVERAGE = "#111111"
 
@@ -41,34 +43,25 @@ def draw_few_shot(curves: Sequence[FewShotCurve], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw, or the path ends otherwise.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the few-shot figure is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"a figure is written as .png or .svg, not {path.name}")
     if not curves or not all(curve.shots for curve in curves):
         raise ValueError("a few-shot figure needs a data set, and each a number of shots")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastclip"}):
-        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-        axis = figure.subplots()
-        faint = len(curves) > 1
-        for number, curve in enumerate(curves):
-            _draw(axis, curve, _COLOURS[number % len(_COLOURS)], faint)
-        if faint:
-            _draw(axis, average(curves), _AVERAGE, False)
-        numbers = sorted({k for curve in curves for k in curve.shots})
-        axis.set_xticks([0.0, *map(_place, numbers)], ["0", *map(str, numbers)])
-        axis.set_xlabel("labelled training images of each class")
-        axis.set_ylabel("value, %")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize="small", frameon=False, loc="lower right")
-        # Without the day, equal curves make equal files.
-        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure = new_figure("the few-shot figure", 7.2, 4.6)
+    axis = figure.subplots()
+    faint = len(curves) > 1
+    for number, curve in enumerate(curves):
+        _draw(axis, curve, _COLOURS[number % len(_COLOURS)], faint)
+    if faint:
+        _draw(axis, average(curves), _AVERAGE, False)
+    numbers = sorted({k for curve in curves for k in curve.shots})
+    axis.set_xticks([0.0, *map(_place, numbers)], ["0", *map(str, numbers)])
+    axis.set_xlabel("labelled training images of each class")
+    axis.set_ylabel("value, %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize="small", frameon=False, loc="lower right")
+    save_figure(figure, path, dpi=130, text=True)
 
 
 def average(curves: Sequence[FewShotCurve]) -> FewShotCurve:

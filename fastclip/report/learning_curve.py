@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a run's ``metrics.jsonl``; a torn last line is left out.
@@ -57,17 +59,11 @@ def draw_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: there is no training step in `rows`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the learning curve is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
     train = [row for row in rows if "loss" in row]
     if not train:
         raise ValueError("no training step has been logged yet")
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    figure = Figure(figsize=(11, 3.2 * (2 if evaluations else 1)), layout="constrained")
+    figure = new_figure("the learning curve", 11, 3.2 * (2 if evaluations else 1))
     axes = figure.subplots(2 if evaluations else 1, 3, squeeze=False)
     steps = [row["step"] for row in train]
     for axis, (name, title) in zip(
@@ -81,7 +77,7 @@ def draw_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     if evaluations:
         _draw_evaluations(axes[1], evaluations)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _draw_evaluations(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 # Okabe and Ito's colours, which the colour-blind tell apart, and marks for print.
 _STYLES = (
     ("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#D55E00", "D"), ("#CC79A7", "v"),
@@ -44,28 +46,18 @@ def draw_objectives(
         ImportError: matplotlib is not installed.
         ValueError: there is no task or no curve, or more curves than can be told apart.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the figure of objectives is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
     curves = max(map(len, tasks.values()), default=0)
     if not 1 <= curves <= len(_STYLES):
         raise ValueError(f"a figure shows 1 to {len(_STYLES)} objectives, not {curves}")
-    with rc_context({"svg.hashsalt": "fastclip"}):
-        figure = Figure(figsize=(5.6 + 3.1 * (len(tasks) - 1), 4.4), layout="constrained")
-        axes = figure.subplots(
-            1, len(tasks), squeeze=False, width_ratios=[1.8] + [1.0] * (len(tasks) - 1)
-        )[0]
-        for axis, (title, lines) in zip(axes, tasks.items(), strict=True):
-            _draw_panel(axis, title, lines, chance[title])
-        axes[0].set_ylabel("zero-shot top-1 accuracy, %")
-        axes[0].legend(fontsize="small", frameon=False, loc="upper left")
-        # Without these an SVG would differ from day to day.
-        nothing = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=130, metadata=nothing)
+    figure = new_figure("the figure of objectives", 5.6 + 3.1 * (len(tasks) - 1), 4.4)
+    axes = figure.subplots(
+        1, len(tasks), squeeze=False, width_ratios=[1.8] + [1.0] * (len(tasks) - 1)
+    )[0]
+    for axis, (title, lines) in zip(axes, tasks.items(), strict=True):
+        _draw_panel(axis, title, lines, chance[title])
+    axes[0].set_ylabel("zero-shot top-1 accuracy, %")
+    axes[0].legend(fontsize="small", frameon=False, loc="upper left")
+    save_figure(figure, path, dpi=130)
 
 
 def _draw_panel(axis: Any, title: str, lines: Mapping[str, ObjectiveCurve], chance: float) -> None:

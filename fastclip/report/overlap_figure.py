@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapPoint:
@@ -41,13 +43,7 @@ def draw_overlap(points: Sequence[OverlapPoint], without: Sequence[str], path: P
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the overlap figure is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure("the overlap figure", 11, 4.6)
     left, right = figure.subplots(1, 2)
     for point in points:
         middle, low, high = (100 * value for value in point.difference)
@@ -83,7 +79,7 @@ def draw_overlap(points: Sequence[OverlapPoint], without: Sequence[str], path: P
         axis.grid(alpha=0.3)
     if without:
         figure.supxlabel(f"no comparison: {', '.join(without)}", fontsize="small")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _level(p_value: float) -> float:

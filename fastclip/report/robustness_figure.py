@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 _TICKS = (
     0.001,
     0.005,
@@ -77,18 +79,12 @@ def draw_robustness(
         ImportError: matplotlib is not installed.
         ValueError: there is no point.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the robustness figure is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
     if not points:
         raise ValueError("a robustness figure needs at least one model")
     measured = [accuracy for point in points for accuracy in (point.seen, point.unseen)]
     ends = [end for accuracy in measured for end in accuracy.interval if 0 < end < 1]
     low, high = max(0.0005, 0.8 * min(ends)), 1 - max(0.0005, 0.8 * (1 - max(ends)))
-    figure = Figure(figsize=(7, 6.4), layout="constrained")
+    figure = new_figure("the robustness figure", 7, 6.4)
     axis = figure.subplots()
 
     def place(value: float) -> float:
@@ -131,7 +127,7 @@ def draw_robustness(
     axis.set_ylabel(f"accuracy on {unseen}, % (logit scale)")
     axis.set_title(note, fontsize="medium", wrap=True)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def logit(value: float) -> float:

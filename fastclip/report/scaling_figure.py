@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.report.drawing import new_figure, save_figure
+
 _LINE, _GUESS, _SEEDS = "tab:blue", "tab:orange", "tab:gray"
 
 
@@ -61,27 +63,17 @@ def draw_scaling(points: Sequence[Point], curve: Curve, prediction: Prediction, 
         ImportError: matplotlib is not installed.
         ValueError: there is no point, or not one residual for each.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the scaling figure is drawn by matplotlib: pip install 'fastclip-torch[eval]'"
-        ) from None
     if not points or len(points) != len(curve.residuals):
         raise ValueError(
             f"{len(points)} points and {len(curve.residuals)} residuals: there is at least one "
             "point, and a residual for each"
         )
-    with rc_context({"svg.hashsalt": "fastclip"}):
-        figure = Figure(figsize=(8, 7.2), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        _draw_errors(above, points, curve, prediction)
-        _draw_residuals(below, points, curve)
-        figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-        # Without these an SVG would differ from day to day.
-        nothing = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=130, metadata=nothing)
+    figure = new_figure("the scaling figure", 8, 7.2)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    _draw_errors(above, points, curve, prediction)
+    _draw_residuals(below, points, curve)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    save_figure(figure, path, dpi=130)
 
 
 def _draw_errors(axis: Any, points: Sequence[Point], curve: Curve, prediction: Prediction) -> None:

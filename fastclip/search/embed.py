@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
@@ -22,8 +21,9 @@ from fastclip.data.decoders import build_decoder
 from fastclip.data.index import ShardIndex, index_shards
 from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import Shard
-from fastclip.data.rewriting import alone, write_whole
+from fastclip.data.rewriting import alone, write_text
 from fastclip.data.shard_cache import size_of
+from fastclip.distributed.runtime import check_alone
 from fastclip.search.building import VectorsChoice, build_vectors
 from fastclip.search.encoder import Encoder
 from fastclip.search.info import (
@@ -98,8 +98,7 @@ def embed(pattern: str, model_path: Path, out: Path, settings: EmbedSettings) ->
             changed, another process works on it, `out` is a file, or not one image can be used.
         ImportError: faiss is needed and not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("fastclip embed is one process: start it without a launcher")
+    check_alone("fastclip embed")
     check_folder(out, "--out")
     encoder = Encoder(model_path, device=settings.device)
     index = index_shards(pattern, needs=())
@@ -307,7 +306,7 @@ def _write_quarantine(out: Path, description: Description) -> None:
     """All parts' samples that could not be used, as `fastclip.data.quarantine` writes them."""
     parts = open_parts(out, description)
     lines = [json.dumps(entry) + "\n" for part in parts for entry in part.quarantine]
-    write_whole(out / QUARANTINE_FILE, lambda file: file.write("".join(lines).encode()))
+    write_text(out / QUARANTINE_FILE, "".join(lines))
 
 
 def _tidy(out: Path, description: Description) -> None:

@@ -16,6 +16,7 @@ from fastclip.config import load_config, to_dict
 from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import build_decoder
 from fastclip.data.transforms import centre_crop
+from fastclip.distributed.runtime import is_on_cuda
 from fastclip.evaluate import load_trained, run_folder
 from fastclip.models.clip import Clip
 from fastclip.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ class Encoder:
     def __init__(self, model_path: Path, *, device: str = "cpu") -> None:
         model, self.path = load_trained(model_path)
         self.path = self.path.resolve()
-        self.device = _device(device)
+        self.device = torch.device("cuda" if is_on_cuda(device) else "cpu")
         self.digest = model_digest(model)
         self.model = model.to(self.device)
         config = model.config
@@ -132,15 +133,6 @@ class Encoder:
         batch = pixels.permute(0, 3, 1, 2).to(self.device)
         with self._lock, torch.no_grad():
             return self.model(images=batch).image_features.cpu()
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is auto, cpu or cuda, not {name!r}")
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise ValueError("device cuda was asked for and torch sees no CUDA device; use cpu")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def model_digest(model: Clip) -> str:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.eval.prompts import check_templates, fill
+from fastclip.printing import printable
 from fastclip.report.contact_sheet import Hit, draw_contact_sheet
 from fastclip.search.encoder import MAX_QUERY_BYTES, Encoder
 from fastclip.search.index import SearchIndex
@@ -162,11 +163,6 @@ def format_found(query: Query, found: Sequence[Found], filters: Mapping[str, str
             f"{rank:4d}  {score}  {_cut(name, key):{key}}  {shard}  {_cut(caption, rest - key)}"
         )
     return "\n".join(lines if rows else [*lines, "  nothing"])
-
-
-def printable(text: str) -> str:
-    """In one line, without what would move a terminal's cursor or cannot be encoded."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def _cut(text: str, width: int) -> str:

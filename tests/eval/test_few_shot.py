@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastclip.eval import few_shot as module
 from fastclip.eval.features import Features
-from fastclip.eval.few_shot import FewShotResult, equal_shots, few_shot, t_interval
+from fastclip.eval.few_shot import FewShotResult, equal_shots, few_shot
+from fastclip.eval.intervals import t_interval
 from fastclip.eval.linear_probe import search_fit, search_strength
 from fastclip.eval.logistic_regression import LogisticRegression
 

@@ -182,22 +182,28 @@ def test_what_is_finished_is_not_trained_again(
             train_once(longer, None, lock)
 
 
-def test_a_run_that_was_saved_without_an_evaluation_is_evaluated(
+def test_a_run_without_its_last_evaluation_is_named(
     experiment: tuple[Path, TrainConfig, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _, _ = experiment
     run = out / "w2-seed0"
     result, metrics = run / "result.json", run / "metrics.jsonl"
-    before = json.loads(result.read_text())
-    lines = metrics.read_text().splitlines(keepends=True)
+    kept, before = result.read_text(), metrics.read_text()
+    lines = before.splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if "eval/" not in line))
     result.unlink()
     # Nothing is left to train: the process would end at once.
     monkeypatch.setattr(scaling_runs, "_run_child", lambda *arguments: None)
+    with (
+        held(out) as lock,
+        pytest.raises(ValueError, match="seed0 has no evaluation of its"),
+    ):
+        train_once(recipe(str(run / "recipe.json")), None, lock)
+    metrics.write_text(before)
     with held(out) as lock:
         training = train_once(recipe(str(run / "recipe.json")), None, lock)
-    assert training == Training(**before)
-    assert json.loads(result.read_text()) == before
+    assert training == Training(**json.loads(kept))
+    assert result.read_text() == kept
 
 
 def test_a_stopped_experiment_goes_on_from_the_checkpoint(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastclip.cli_search import add_search_verbs
+from fastclip.printing import printable
 from fastclip.search.encoder import Encoder
 from fastclip.search.index import SearchIndex
 from fastclip.search.query import (
@@ -24,7 +25,6 @@ from fastclip.search.query import (
     format_found,
     open_encoder,
     parse_filters,
-    printable,
     query_features,
     read_query,
 )
