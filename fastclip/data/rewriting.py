@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,9 +113,12 @@ def check_target(path: Path, *suffixes: str) -> None:
         raise ValueError(f"{path} is a folder: name a file in it")
     if suffixes and path.suffix not in suffixes:
         raise ValueError(f"{path} is written as {' or '.join(suffixes)}: end its name so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path.with_name(f"{path.name}.trial"), lambda _: None)
-    path.with_name(f"{path.name}.trial").unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # no name: every rank may look at once
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def is_unsafe(key: str) -> bool:

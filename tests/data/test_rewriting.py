@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -32,5 +33,11 @@ def test_targets_are_checked_first(tmp_path: Path) -> None:
         check_target(tmp_path)
     with pytest.raises(ValueError, match=r"b\.jpg is written as \.png or \.svg"):
         check_target(tmp_path / "b.jpg", ".png", ".svg")
-    with pytest.raises(OSError, match=r"x\.json"):
+    with pytest.raises(OSError, match=r"/proc/x\.json cannot be written"):
         check_target(Path("/proc/x.json"))
+
+
+def test_every_rank_may_check_a_target_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: check_target(tmp_path / "a.json"), range(2000)))
+    assert list(tmp_path.iterdir()) == []
