@@ -303,8 +303,16 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     for shard in list(shards.glob("*.tar")):
         for copy in range(40):
             (shards / f"{shard.stem}-{copy}.tar").write_bytes(shard.read_bytes())
-    command = [sys.executable, "-m", "fastclip", "data", "index", str(shards), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    script = (
+        "import signal, sys; from fastclip import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = ["data", "index", str(shards), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *words], stderr=subprocess.PIPE, text=True
+    )
     while not any(shards.glob("*.fcidx")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
