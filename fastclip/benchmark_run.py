@@ -20,6 +20,7 @@ from fastclip.evaluate import load_trained, run_folder
 from fastclip.models.config import ClipConfig
 from fastclip.models.presets import PRESETS
 from fastclip.printing import printable_lines
+from fastclip.provenance import provenance
 from fastclip.report.few_shot_figure import FewShotCurve, draw_few_shot
 from fastclip.tokenizer import Tokenizer
 
@@ -78,7 +79,8 @@ class Benchmark:
         fields of `Row`, where ``zero_shot`` is null or {value, low, high}, ``linear_probe`` null or
         {value, strength, searched, …}, ``few_shot`` null or {shots: {mean, low, high, …}}, and
         ``paper`` null or {zero_shot, linear_probe}; and ``comparable``: whether the paper's
-        zero-shot number is of the same data and architecture. Measures are fractions.
+        zero-shot number is of the same data and architecture; and ``provenance``: commit, date,
+        machine, versions. Measures are fractions.
         """
         content = {
             "format": FORMAT,
@@ -91,6 +93,7 @@ class Benchmark:
                 | {"comparable": row.paper is not None and not row.zero_shot_differs}
                 for row in self.rows
             ],
+            "provenance": provenance(),
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         check_target(path)

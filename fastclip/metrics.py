@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import logging
 import math
-import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastclip import __version__
 from fastclip.flops import peak_flops
+from fastclip.provenance import commit, machine, now, versions
 
 logger = logging.getLogger("fastclip")
-
-_STATED_VERSIONS = ("torch", "triton", "deepspeed", "numpy", "pillow", "simplejpeg")
 
 
 class Throughput:
@@ -109,7 +102,7 @@ def peak_memory(device: torch.device) -> int:
 class RunLogger:
     """Writes a run's numbers: ``metrics.jsonl``, TensorBoard, W&B when asked, and the terminal.
 
-    ``launches.jsonl`` says of each launch when, where and with which versions it began.
+    ``launches.jsonl`` says of each launch when, where and with which commit and versions it began.
 
     Numbers in the JSONL file round-trip to the bit. A number that is not finite is written as the
     text "inf", "-inf" or "nan", which every JSON reader accepts. All methods do nothing on ranks
@@ -155,9 +148,10 @@ class RunLogger:
             return
         logger.info("%s", description)
         launch = {
-            "begin": datetime.now(UTC).isoformat(timespec="seconds"),
+            "begin": now(),
             "step": self._first_step,
             "description": description,
+            "commit": commit(),
             "machine": machine(),
             "versions": versions(),
         }
@@ -230,22 +224,6 @@ class RunLogger:
         if values.get("update_applied") == 0.0:
             parts.append("UPDATE SKIPPED (gradient not finite)")
         return " | ".join(parts)
-
-
-def machine() -> str:
-    """This one, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} CPUs"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that a run's numbers and speed may depend on, as far as installed."""
-    found = {"fastclip": __version__, "python": platform.python_version()}
-    for name in _STATED_VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def duration(seconds: float) -> str:

@@ -348,12 +348,15 @@ def _origin(folder: Path) -> dict[str, Any]:
     launches = read_lines(path) if path.is_file() else []
     shown_launches = []
     versions: dict[str, str] = {}
+    commit = None
     for number, each in enumerate(launches, 1):
         texts = [each.get(name) for name in ("begin", "description", "machine")]
         versions = each.get("versions", {})
+        commit = each.get("commit")
         if not all(isinstance(text, str) for text in texts) or not isinstance(versions, dict):
             raise ValueError(f"{path}, line {number} describes no launch")
         begin, description, machine = map(str, texts)
         step = f"{each['step']:,}"
         shown_launches.append((begin.replace("T", " "), step, description, machine))
-    return {"launches": shown_launches, "versions": [(k, str(v)) for k, v in versions.items()]}
+    found = [*versions.items(), *([("commit", commit)] if commit else [])]
+    return {"launches": shown_launches, "versions": [(name, str(value)) for name, value in found]}

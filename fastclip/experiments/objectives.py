@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import multiprocessing
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,7 +83,7 @@ def run_objectives(config: TrainConfig, out: Path, preset: Preset, *, jobs: int)
     Args:
         config: the demo's, or one with tasks of the same names.
         out: gets ``search/`` and ``runs/`` with a folder for each run, ``objectives.json``,
-            ``objectives.png`` and ``objectives.svg``.
+            ``.txt``, ``.png`` and ``.svg``.
         jobs: runs at a time; the numbers do not depend on it.
 
     Returns:
@@ -95,6 +94,7 @@ def run_objectives(config: TrainConfig, out: Path, preset: Preset, *, jobs: int)
         FloatingPointError: a run diverged, other than in the search.
         ImportError: matplotlib or SciPy is not installed.
     """
+    from fastclip.data.rewriting import write_text
     from fastclip.experiments.objective_models import OBJECTIVES
     from fastclip.experiments.objective_results import format_results
     from fastclip.experiments.objective_training import RunSettings
@@ -123,8 +123,10 @@ def run_objectives(config: TrainConfig, out: Path, preset: Preset, *, jobs: int)
         for objective in OBJECTIVES
     }
     _write(config, out, preset, runs, rates, search)
+    text = format_results(runs, TASKS, HEADLINE)
+    write_text(out / "objectives.txt", text + "\n")
     logger.info("%s holds the results; this took %.0f min", out, (time.time() - begin) / 60)
-    return format_results(runs, TASKS, HEADLINE)
+    return text
 
 
 def choose_learning_rates(
@@ -250,7 +252,7 @@ def _write(
     from fastclip.data.rewriting import write_text
     from fastclip.eval.zero_shot import load_classes
     from fastclip.experiments.objective_results import TITLES, curve, ratios, sensitivity
-    from fastclip.metrics import machine, versions
+    from fastclip.provenance import provenance
     from fastclip.report.objectives_figure import draw_objectives
 
     results = {
@@ -262,8 +264,7 @@ def _write(
         "ratios_by_other_scores": sensitivity(runs, HEADLINE),
         "runs": {objective: list(seeds) for objective, seeds in runs.items()},
         "config": to_dict(config),
-        "versions": {**versions(), "machine": machine()},
-        "commit": _commit(),
+        "provenance": provenance(),
     }
     write_text(out / "objectives.json", json.dumps(results, indent=1) + "\n")
     panels, chance = {}, {}
@@ -275,16 +276,3 @@ def _write(
         chance[title] = 1 / classes
     for ending in ("png", "svg"):
         draw_objectives(panels, chance, out / f"objectives.{ending}")
-
-
-def _commit() -> str | None:
-    """The commit this file belongs to, with "+" if files differ from it; None without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        about = [
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "."))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return about[0].strip() + ("+" if about[1].strip() else "")

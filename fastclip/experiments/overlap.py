@@ -64,7 +64,7 @@ def _overlap(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(format_overlap(analyses))
-    print(f"\n{options.out}: overlap.json, overlap.png and the pairs found")
+    print(f"\n{options.out}: overlap.json, .txt and .png, and the pairs found")
     return 0
 
 
@@ -80,7 +80,7 @@ def run_overlap(
 ) -> list[OverlapAnalysis]:
     """Find the training images among those of each zero-shot task, and compare accuracies.
 
-    Writes into `out`: ``overlap.json``; ``overlap.png``; ``pairs_TASK.png`` for each task with
+    Writes into `out`: ``overlap.json``, ``.txt``, ``.png``; ``pairs_TASK.png`` for each task with
     candidates; and ``hashes/``, with which a run that was killed goes on.
 
     Args:
@@ -104,6 +104,7 @@ def run_overlap(
     from fastclip.eval.answers import answer_task
     from fastclip.eval.overlap import analyse_overlap, find_duplicates
     from fastclip.evaluate import load_trained, run_folder
+    from fastclip.provenance import provenance
     from fastclip.tokenizer import Tokenizer
 
     config = apply_overrides(load_config(run_folder(path) / "config.json"), list(overrides))
@@ -158,8 +159,10 @@ def run_overlap(
         "search": dataclasses.asdict(search),
         "significance_level": _level(analyses),
         "tasks": report,
+        "provenance": provenance(),
     }
     write_text(out / "overlap.json", json.dumps(content, indent=1) + "\n")
+    write_text(out / "overlap.txt", format_overlap(analyses) + "\n")
     _draw_figure(analyses, out / "overlap.png")
     return analyses
 

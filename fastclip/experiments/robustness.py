@@ -75,7 +75,7 @@ def _robustness(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(format_robustness(result))
-    print(f"\n{options.out}: robustness.json and robustness.png")
+    print(f"\n{options.out}: robustness.json, .txt and .png")
     return 0
 
 
@@ -150,7 +150,7 @@ def run_robustness(
     overrides: Sequence[str] = (),
     device: str = "auto",
 ) -> Robustness:
-    """Evaluate models on two tasks; write ``robustness.json`` and ``robustness.png`` into `out`.
+    """Evaluate models on two tasks; write ``robustness.json``, ``.txt`` and ``.png`` into `out`.
 
     ``out/results`` keeps each model's counts, so that only new models are evaluated the next time.
 
@@ -198,6 +198,7 @@ def run_robustness(
     line, note = fit_line(models)
     result = Robustness(seen=seen, unseen=unseen, models=models, line=line, note=note)
     write_text(out / "robustness.json", json.dumps(_as_json(result), indent=1) + "\n")
+    write_text(out / "robustness.txt", format_robustness(result) + "\n")
     _draw(result, out / "robustness.png")
     return result
 
@@ -324,6 +325,8 @@ def _key(weights: bytes, task: ZeroShotTask, config: TrainConfig) -> str:
 
 
 def _as_json(result: Robustness) -> dict[str, Any]:
+    from fastclip.provenance import provenance
+
     line = result.line
     rows = []
     for model in result.models:
@@ -338,6 +341,7 @@ def _as_json(result: Robustness) -> dict[str, Any]:
         "line": None if line is None else asdict(line),
         "note": result.note,
         "models": rows,
+        "provenance": provenance(),
     }
 
 

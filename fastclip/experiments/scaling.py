@@ -40,6 +40,5 @@ def _scaling(options: argparse.Namespace) -> int:
         members, base, options.out, images=images, groups=group_task(options.data)
     )
     print(format_report(measured, fits))
-    print(f"figure: {options.out / 'scaling.png'}, {options.out / 'scaling.svg'}")
-    print(f"numbers: {options.out / 'scaling.json'}")
+    print(f"\n{options.out}: scaling.json, .txt, .png and .svg")
     return 0

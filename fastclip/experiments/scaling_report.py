@@ -36,6 +36,7 @@ from fastclip.experiments.scaling_runs import Training, held, train_once
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
+from fastclip.provenance import provenance
 from fastclip.report.scaling_figure import Curve, Point, Prediction, draw_scaling
 
 logger = logging.getLogger("fastclip")
@@ -115,8 +116,9 @@ def run_scaling(
     images: int,
     groups: GroupTask | None = None,
 ) -> tuple[list[Measured], Fits]:
-    """Train and evaluate every member, then fit; ``scaling.json``, ``.png`` and ``.svg`` in `out`.
+    """Train and evaluate every member, then fit.
 
+    `out` gets ``scaling.json``, ``.txt``, ``.png`` and ``.svg``, and the runs.
     A training that has ended is not done again, and one that was cut off goes on from its newest
     checkpoint. The measurements are written before they are fitted.
 
@@ -146,6 +148,7 @@ def run_scaling(
         _save(out, measured, None)
         fits = fit(measured)
         _save(out, measured, fits)
+        write_text(out / "scaling.txt", format_report(measured, fits) + "\n")
         for path in (out / "scaling.png", out / "scaling.svg"):
             _draw(measured, fits, path)
     return measured, fits
@@ -210,6 +213,7 @@ def _save(out: Path, measured: Sequence[Measured], fits: Fits | None) -> None:
         "scaled": describe(measured),
         "compute_span": measured[-1].flops / measured[0].flops,
         "models": [_model(one) for one in measured],
+        "provenance": provenance(),
     }
     if fits is not None:
         content["fit"] = dataclasses.asdict(fits.line)

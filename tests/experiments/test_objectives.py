@@ -229,6 +229,7 @@ def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert [row["images"] for row in rows[0]] == [32, 48]
     assert (out / "objectives.png").stat().st_size > 10_000
     assert "<svg" in (out / "objectives.svg").read_text()
+    assert (out / "objectives.txt").read_text() == f"{text}\n"
 
     written = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/results.jsonl")}
     assert len(written) == 5

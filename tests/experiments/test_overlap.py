@@ -14,6 +14,7 @@ from fastclip.eval.overlap import DuplicateSearch, OverlapAnalysis
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
 from fastclip.evaluate import load_trained
 from fastclip.experiments.overlap import add_overlap_verb, format_overlap, run_overlap
+from fastclip.provenance import commit
 from fastclip.tokenizer import Tokenizer
 from pictures import COPIES, encoded, scene
 from shards import write_tar
@@ -68,6 +69,8 @@ def test_planted_copies_are_reported(run: Path, analyses: list[OverlapAnalysis])
     assert none["p_value"] is None
     assert report["significance_level"] == 0.05
     assert report["search"]["radius"] == 20
+    assert report["provenance"]["commit"] == commit()
+    assert (run.parent / "out" / "overlap.txt").read_text() == f"{format_overlap(analyses)}\n"
 
 
 @pytest.mark.parametrize("name", ["some", "none"])

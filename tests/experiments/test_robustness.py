@@ -118,6 +118,7 @@ def test_all_checkpoints_of_all_runs_are_evaluated_once(
     low, high = report["models"][1]["unseen"]["interval"]
     assert low <= newest.unseen.accuracy <= high
     assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "robustness.txt").read_text() == f"{format_robustness(result)}\n"
 
     caplog.clear()
     again = run_robustness(

@@ -157,9 +157,10 @@ def test_errors_are_those_of_the_runs(experiment: tuple[Path, TrainConfig, str])
     assert content["saturating"] is None
 
 
-def test_figure_is_written_twice(experiment: tuple[Path, TrainConfig, str]) -> None:
-    out, _, _ = experiment
+def test_table_and_figures_are_files(experiment: tuple[Path, TrainConfig, str]) -> None:
+    out, _, table = experiment
     assert Image.open(out / "scaling.png").width > 800
+    assert (out / "scaling.txt").read_text() == f"{table}\n"
     assert (out / "scaling.svg").read_text().startswith("<?xml")
 
 
