@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import data_table, step_table, tokenizer_table
+from benchmarks import data_table, eval_table, step_table, tokenizer_table
+from benchmarks.blocks import rewrite
 from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
 from benchmarks.record import RESULTS, ROOT, read_rows
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PROGRAM = "python -m benchmarks.table"
 NOT_RUN = "The losses' and similarity's kernels: not yet run on a GPU."
 SECTIONS = (
     ("contrastive", "Softmax loss, TFLOP/s counted in 4u", CONTRASTIVE_SETS["headline"]),
@@ -52,45 +52,21 @@ def table(results: Path = RESULTS) -> str:
     steps = step_table.section(read_rows(results / "step.csv"))
     tokenizers = tokenizer_table.section(read_rows(results / "tokenizer.csv"))
     data = data_table.section(read_rows(results / "loader.csv"), read_rows(results / "phrases.csv"))
-    return "\n\n".join(part for part in (measured, steps, data, tokenizers) if part)
-
-
-def with_table(readme: str, text: str) -> str:
-    """The README's text with `text` between the markers.
-
-    Raises:
-        ValueError: a marker is missing, or there is another of it.
-    """
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"the README needs one line {BEGIN} and after it one line {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    finding = eval_table.section(
+        read_rows(results / "search.csv"), read_rows(results / "probe.csv")
+    )
+    return "\n\n".join(part for part in (measured, steps, data, tokenizers, finding) if part)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; with --check the exit status is 1 where the README is not up to date."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table")
+    parser = argparse.ArgumentParser(prog=PROGRAM)
     parser.add_argument("--check", action="store_true", help="write nothing; say whether it is new")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
-    readme = options.readme.read_text(encoding="utf-8")
-    try:
-        wanted = with_table(readme, table(options.results))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if options.check:
-        current = wanted == readme
-        hint = "up to date" if current else "out of date: run python -m benchmarks.table"
-        print(f"{options.readme.name}: {hint}")
-        return int(not current)
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    blocks = {"benchmarks": table(options.results)}
+    return rewrite(options.readme, blocks, check=options.check, program=PROGRAM)
 
 
 def _of_case(row: Row, case: Mapping[str, str]) -> bool:
@@ -125,4 +101,4 @@ def _stamp(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

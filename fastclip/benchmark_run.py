@@ -13,6 +13,7 @@ from fastclip.data.rewriting import check_target, write_text
 from fastclip.distributed.runtime import initialise, shutdown
 from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark, summary
 from fastclip.eval.datasets import nearest, paper_results
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.few_shot import equal_shots
 from fastclip.eval.layout import find_datasets
 from fastclip.eval.suite import EvalConfig
@@ -135,19 +136,16 @@ def evaluate_datasets(
         model, checkpoint = load_trained(path)
         preset = preset or _architecture(model.config)
         same_scale = preset is not None and _scale(model.config) == _scale(PRESETS[preset])
-        rows = run_benchmark(
-            model.to(runtime.device),
-            Tokenizer(context_length=model.config.text.context_length),
-            root,
-            names=names,
-            protocol=protocol,
-            preset=preset,
-            same_scale=same_scale,
+        evaluator = Evaluator(
+            model=model.to(runtime.device),
+            tokenizer=Tokenizer(context_length=model.config.text.context_length),
+            runtime=runtime,
             batch_size=settings.batch_size,
             workers=settings.workers,
-            image_size=model.config.vision.image_size,
-            runtime=runtime,
             apply_orientation=apply_orientation,
+        )
+        rows = run_benchmark(
+            evaluator, root, names=names, protocol=protocol, preset=preset, same_scale=same_scale
         )
         return Benchmark(
             checkpoint=checkpoint,

@@ -13,8 +13,9 @@ from fastclip.checkpoint import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
 from fastclip.data.pixels import PixelReader
 from fastclip.data.transforms import centre_crop
-from fastclip.distributed.runtime import initialise, shutdown
+from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.eval.answers import answer_task
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import fill
 from fastclip.eval.suite import run_suite
 from fastclip.eval.zero_shot import ZeroShotTask
@@ -75,6 +76,18 @@ def run_folder(path: Path) -> Path:
     )
 
 
+def make_evaluator(model: Clip, config: TrainConfig, runtime: Runtime) -> Evaluator:
+    """A trained model as its run's config has it evaluated; moved to the runtime's device."""
+    return Evaluator(
+        model=model.to(runtime.device),
+        tokenizer=Tokenizer(context_length=model.config.text.context_length),
+        runtime=runtime,
+        batch_size=config.eval.batch_size,
+        workers=config.eval.workers,
+        apply_orientation=config.data.apply_orientation,
+    )
+
+
 def evaluate(
     path: Path, overrides: list[str], *, device: str = "auto"
 ) -> tuple[dict[str, float], bool]:
@@ -87,14 +100,7 @@ def evaluate(
     runtime = initialise(device)
     try:
         model, _ = load_trained(path)
-        metrics = run_suite(
-            model.to(runtime.device),
-            Tokenizer(context_length=config.model.text.context_length),
-            config.eval,
-            image_size=config.model.vision.image_size,
-            runtime=runtime,
-            apply_orientation=config.data.apply_orientation,
-        )
+        metrics = run_suite(make_evaluator(model, config, runtime), config.eval)
         return metrics, runtime.is_main
     finally:
         shutdown()
@@ -112,42 +118,29 @@ def show(path: Path) -> list[str]:
     folder = run_folder(path)
     config = load_config(folder / "config.json")
     model, checkpoint = load_trained(path)
-    tokenizer = Tokenizer(context_length=config.model.text.context_length)
+    evaluator = make_evaluator(model, config, Runtime.alone(torch.device("cpu")))
     written = []
     curve = folder / "learning_curve.png"
     draw_learning_curve(read_metrics(folder / "metrics.jsonl"), curve)
     written.append(f"learning curve: {curve}")
     for task in config.eval.zero_shot:
         sheet = folder / f"contact_sheet_{task.name}.png"
-        rows = _search(model, tokenizer, task, config)
+        rows = _search(evaluator, task)
         draw_contact_sheet(f"{task.name}, {checkpoint.name}: green is right", rows, sheet)
         written.append(f"contact sheet: {sheet}")
     return written
 
 
-def _search(
-    model: Clip, tokenizer: Tokenizer, task: ZeroShotTask, config: TrainConfig
-) -> list[tuple[str, list[Hit]]]:
+def _search(evaluator: Evaluator, task: ZeroShotTask) -> list[tuple[str, list[Hit]]]:
     """For some of the classes that the task's images show, the images that fit their names best."""
-    found = answer_task(
-        model,
-        tokenizer,
-        task,
-        image_size=config.model.vision.image_size,
-        batch_size=config.eval.batch_size,
-        workers=config.eval.workers,
-        device=torch.device("cpu"),
-        apply_orientation=config.data.apply_orientation,
-    )
+    found = answer_task(evaluator, task)
     rows = []
     with PixelReader(
-        workers=config.eval.workers, apply_orientation=config.data.apply_orientation
+        workers=evaluator.workers, apply_orientation=evaluator.apply_orientation
     ) as reader:
         for place, scores, places in found.nearest_images(_SHEET_TEXTS, _SHEET_IMAGES):
             numbers = [found.numbers[row] for row in places]
-            pixels, _ = reader.read(
-                found.index, numbers, config.model.vision.image_size, centre_crop
-            )
+            pixels, _ = reader.read(found.index, numbers, evaluator.image_size, centre_crop)
             hits = [
                 Hit(image, score, int(found.target[row]) == place)
                 for image, score, row in zip(pixels, scores, places, strict=True)

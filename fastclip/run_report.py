@@ -18,8 +18,9 @@ from fastclip.data.index import ShardIndex
 from fastclip.data.pixels import PixelReader
 from fastclip.data.rewriting import check_target, write_text
 from fastclip.data.transforms import centre_crop
-from fastclip.distributed.runtime import Runtime, initialise_alone, shutdown
+from fastclip.distributed.runtime import initialise_alone, shutdown
 from fastclip.eval.answers import answer_task
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import fill
 from fastclip.eval.retrieval import (
     RECALL_AT,
@@ -29,7 +30,7 @@ from fastclip.eval.retrieval import (
     recall,
 )
 from fastclip.eval.zero_shot import ZeroShotTask
-from fastclip.evaluate import load_trained, run_folder
+from fastclip.evaluate import load_trained, make_evaluator, run_folder
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity, similarity_topk
@@ -45,7 +46,6 @@ from fastclip.report.page import (
     render,
 )
 from fastclip.report.run_curves import evaluation_curves, speed_curves, training_curves
-from fastclip.tokenizer import Tokenizer
 
 _GALLERY_TEXTS, _GALLERY_IMAGES = 8, 7
 _CONFUSIONS = 12
@@ -84,7 +84,7 @@ def write_report(
                 workers=config.eval.workers, apply_orientation=config.data.apply_orientation
             ) as reader,
         ):
-            view = _View(model.to(runtime.device), config, runtime, reader)
+            view = _View(make_evaluator(model, config, runtime), reader)
             page = RunPage(
                 title=f"Run {folder.resolve().name}",
                 subtitle=f"{checkpoint.name} of {folder}",
@@ -107,29 +107,14 @@ def write_report(
 class _View:
     """A model's answers to the tasks of its run."""
 
-    model: Clip
-    config: TrainConfig
-    runtime: Runtime
+    evaluator: Evaluator
     reader: PixelReader
-
-    def __post_init__(self) -> None:
-        self.size = self.config.model.vision.image_size
-        self.tokenizer = Tokenizer(context_length=self.config.model.text.context_length)
 
     def zero_shot(self, task: ZeroShotTask) -> ZeroShotPart:
         """Accuracy, mistakes and finds."""
-        found = answer_task(
-            self.model,
-            self.tokenizer,
-            task,
-            image_size=self.size,
-            batch_size=self.config.eval.batch_size,
-            workers=self.config.eval.workers,
-            device=self.runtime.device,
-            apply_orientation=self.config.data.apply_orientation,
-        )
+        found = answer_task(self.evaluator, task)
         names, target = found.classes.names, found.target
-        shots = _Shots(found.index, found.numbers, self.size, self.reader)
+        shots = _Shots(found.index, found.numbers, self.evaluator.image_size, self.reader)
         gallery = [
             (
                 fill(found.templates, names[place])[0],
@@ -150,23 +135,14 @@ class _View:
 
     def retrieval(self, task: RetrievalTask) -> RetrievalPart:
         """Recall, finds in both directions, and the similarities of some pairs."""
-        pairs = embed_pairs(
-            self.model,
-            self.tokenizer,
-            task,
-            image_size=self.size,
-            batch_size=self.config.eval.batch_size,
-            workers=self.config.eval.workers,
-            runtime=self.runtime,
-            apply_orientation=self.config.data.apply_orientation,
-        )
+        pairs = embed_pairs(self.evaluator, task)
         images, texts, captions = pairs.images, pairs.texts, pairs.captions
-        measured = recall(pairs, self.runtime)
+        measured = recall(pairs, self.evaluator.runtime)
         groups, first_rows = (x.to(images.device) for x in group_captions(captions))
         distinct = texts[first_rows]
         names = [captions[row] for row in first_rows.tolist()]
         places = torch.arange(len(names), device=images.device)
-        shots = _Shots(pairs.index, pairs.numbers, self.size, self.reader)
+        shots = _Shots(pairs.index, pairs.numbers, self.evaluator.image_size, self.reader)
         asked = places[:: max(1, len(names) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
         values, rows = similarity_topk(
             distinct[asked], images, min(_GALLERY_IMAGES, len(images)), normalize=False

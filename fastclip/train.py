@@ -13,6 +13,7 @@ from fastclip.checkpoint import save_checkpoint
 from fastclip.config import TrainConfig, to_dict
 from fastclip.distributed.collectives import any_rank
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.suite import format_table, run_suite
 from fastclip.run import Run
 from fastclip.train_step import StepResult
@@ -115,14 +116,15 @@ def _evaluate(run: Run) -> dict[str, float]:
     if not run.config.eval.zero_shot and not run.config.eval.retrieval:
         return {}
     with run.throughput.paused():
-        metrics = run_suite(
-            run.engine.module,
-            run.tokenizer,
-            run.config.eval,
-            image_size=run.config.model.vision.image_size,
+        evaluator = Evaluator(
+            model=run.engine.module,
+            tokenizer=run.tokenizer,
             runtime=run.runtime,
+            batch_size=run.config.eval.batch_size,
+            workers=run.config.eval.workers,
             apply_orientation=run.config.data.apply_orientation,
         )
+        metrics = run_suite(evaluator, run.config.eval)
     run.log.evaluation(run.step, metrics)
     if run.runtime.is_main:
         logger.info("evaluation at step %d\n%s", run.step, format_table(metrics))

@@ -21,7 +21,12 @@ class Runtime:
     world_size: int
     device: torch.device
     backend: str
-    """"gloo" on CPUs, "nccl" on CUDA devices."""
+    """"gloo" on CPUs, "nccl" on CUDA devices; "none" without a process group."""
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Runtime:
+        """One process that needs no process group."""
+        return cls(rank=0, local_rank=0, world_size=1, device=device, backend="none")
 
     @property
     def is_main(self) -> bool:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import METADATA_EXTENSION, ShardIndex, index_shards
 from fastclip.data.remote import shown
-from fastclip.distributed.runtime import Runtime
-from fastclip.eval.prompts import imagenet_templates
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.zero_shot import (
     Classes,
     ZeroShotTask,
@@ -20,9 +18,7 @@ from fastclip.eval.zero_shot import (
     load_classes,
     rank_of_target,
 )
-from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity, similarity_topk
-from fastclip.tokenizer import Tokenizer
 
 _CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
 
@@ -68,53 +64,32 @@ class Answers:
         return list(zip(chosen.tolist(), values.tolist(), rows.tolist(), strict=True))
 
 
-def answer_task(
-    model: Clip,
-    tokenizer: Tokenizer,
-    task: ZeroShotTask,
-    *,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    apply_orientation: bool = False,
-) -> Answers:
-    """Every image of the task beside every class; in one process.
+def answer_task(evaluator: Evaluator, task: ZeroShotTask) -> Answers:
+    """Every image of the task beside every class.
 
     Args:
-        model: in evaluation mode, on `device`.
+        evaluator: in one process, its model in evaluation mode.
 
     Raises:
         FileNotFoundError, ValueError: see `index_shards`, `load_classes`; or a sample's label is
             none of the classes, or no image can be read.
     """
     classes = load_classes(task.classes)
-    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-    alone = Runtime(rank=0, local_rank=0, world_size=1, device=device, backend="none")
     index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
     features, targets = [], []
     numbers: list[int] = []
     with torch.no_grad():
-        classifier = build_classifier(
-            model, tokenizer, classes.names, templates, batch_size=batch_size, runtime=alone
-        )
-        for batch in eval_batches(
-            index,
-            image_size=image_size,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            workers=workers,
-            caption_key=None,
-            apply_orientation=apply_orientation,
-        ):
-            features.append(model(images=batch.images.to(device)).image_features)
+        classifier = build_classifier(evaluator, classes.names, task.texts)
+        for batch in evaluator.batches(index):
+            features.append(evaluator.image_features(batch))
             targets.append(classes.index(batch, shown(task.shards)))
             numbers += batch.numbers
         if not numbers:
             raise ValueError(
                 f"zero-shot task {task.name}: no image of {shown(task.shards)} could be read"
             )
-        images, target = torch.cat(features), torch.cat(targets).to(device)
+        images = torch.cat(features)
+        target = torch.cat(targets).to(images.device)
         answers, ranks = [], []
         rows = max(1, _CHUNK_SCORES // len(classifier))
         for part, right in zip(images.split(rows), target.split(rows), strict=True):
@@ -123,7 +98,7 @@ def answer_task(
             ranks.append(rank_of_target(scores, right))
     return Answers(
         classes=classes,
-        templates=templates,
+        templates=task.texts,
         index=index,
         numbers=numbers,
         images=images,

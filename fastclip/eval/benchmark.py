@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastclip.distributed.collectives import all_gather_objects
-from fastclip.distributed.runtime import Runtime
 from fastclip.eval.datasets import PaperResult, paper_results
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features
 from fastclip.eval.few_shot import FewShotResult, few_shot
 from fastclip.eval.layout import LabelledDataset, Split, open_dataset
@@ -25,9 +24,7 @@ from fastclip.eval.linear_probe import ProbeResult, linear_probe
 from fastclip.eval.measures import TOP5
 from fastclip.eval.table import columns
 from fastclip.eval.zero_shot import build_classifier
-from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity
-from fastclip.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastclip")
 
@@ -115,19 +112,13 @@ class Row:
 
 
 def run_benchmark(
-    model: Clip,
-    tokenizer: Tokenizer,
+    evaluator: Evaluator,
     root: Path,
     *,
     names: Sequence[str],
     protocol: Protocol,
     preset: str | None,
     same_scale: bool,
-    batch_size: int,
-    workers: int,
-    image_size: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
 ) -> list[Row]:
     """A row for each data set of `names` below `root`; collective, the same on every rank.
 
@@ -137,19 +128,8 @@ def run_benchmark(
         names: from `find_datasets`.
         preset: the paper's model that rows are set beside.
         same_scale: whether the model has that one's architecture.
-        batch_size: images or texts per forward pass of a rank.
-        workers: decoding threads of a rank.
     """
-    run = _Run(
-        model=model,
-        tokenizer=tokenizer,
-        protocol=protocol,
-        batch_size=batch_size,
-        workers=workers,
-        image_size=image_size,
-        runtime=runtime,
-        apply_orientation=apply_orientation,
-    )
+    model = evaluator.model
     training = model.training
     model.eval()
     rows = []
@@ -159,7 +139,7 @@ def run_benchmark(
                 begin = time.perf_counter()
                 row = Row(dataset=name)
                 try:
-                    _fill(row, run, root, preset, same_scale)
+                    _fill(row, evaluator, protocol, root, preset, same_scale)
                 except (ValueError, OSError, ImportError) as error:
                     _fail(row, "", error)
                 row.seconds = time.perf_counter() - begin
@@ -176,50 +156,37 @@ def run_benchmark(
     return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    model: Clip
-    tokenizer: Tokenizer
-    protocol: Protocol
-    batch_size: int
-    workers: int
-    image_size: int
-    runtime: Runtime
-    apply_orientation: bool
-
-    def features(self, split: Split) -> Features:
-        if self.runtime.is_main:
-            split.source.log_problems()
-        found = extract_features(
-            self.model,
-            split.source,
-            split.labels,
-            image_size=self.image_size,
-            tokenizer=self.tokenizer,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            runtime=self.runtime,
-            apply_orientation=self.apply_orientation,
-        )
-        return found.to(self.runtime.device)
+def _features(evaluator: Evaluator, split: Split) -> Features:
+    """On the runtime's device."""
+    if evaluator.runtime.is_main:
+        split.source.log_problems()
+    found = extract_features(evaluator, split.source, split.labels)
+    return found.to(evaluator.runtime.device)
 
 
-def _fill(row: Row, run: _Run, root: Path, preset: str | None, same_scale: bool) -> None:
-    protocol = run.protocol
+def _fill(
+    row: Row,
+    evaluator: Evaluator,
+    protocol: Protocol,
+    root: Path,
+    preset: str | None,
+    same_scale: bool,
+) -> None:
     dataset = _same_everywhere(lambda: open_dataset(root, row.dataset, protocol.splits))
     row.title, row.metric = dataset.title, dataset.metric.title
     row.classes, row.note = len(dataset.classes), dataset.note
-    test = run.features(dataset.splits["test"])
+    test = _features(evaluator, dataset.splits["test"])
     source = dataset.splits["test"].source
     row.images, row.left_out = len(test), len(source) - len(test) + len(source.problems)
     if protocol.zero_shot:
-        scores = _zero_shot_scores(run, dataset, test)
+        classifier = build_classifier(evaluator, dataset.classes, dataset.templates)
+        scores = similarity(test.embedding, classifier, normalize=False)
         low, high = dataset.metric.interval(scores, test.labels, seed=protocol.seed)
         value = dataset.metric(scores, test.labels)
         row.zero_shot = Measured(value=value, low=low, high=high)
         if test.labels.ndim == 1 and row.classes > 5:
             row.top5 = TOP5(scores, test.labels)
-    _probe(row, run, dataset, test)
+    _probe(row, evaluator, protocol, dataset, test)
     if preset is not None and dataset.paper is not None:
         row.paper = paper_results()[preset][dataset.paper.name]
         scale = () if same_scale else (f"scale: this model is no {preset}",)
@@ -229,28 +196,21 @@ def _fill(row: Row, run: _Run, root: Path, preset: str | None, same_scale: bool)
         logger.warning("%s is not quite the paper's: %s", row.dataset, "; ".join(differs))
 
 
-def _zero_shot_scores(run: _Run, dataset: LabelledDataset, test: Features) -> Tensor:
-    classifier = build_classifier(
-        run.model,
-        run.tokenizer,
-        dataset.classes,
-        dataset.templates,
-        batch_size=run.batch_size,
-        runtime=run.runtime,
-    )
-    return similarity(test.embedding, classifier, normalize=False)
-
-
-def _probe(row: Row, run: _Run, dataset: LabelledDataset, test: Features) -> None:
+def _probe(
+    row: Row,
+    evaluator: Evaluator,
+    protocol: Protocol,
+    dataset: LabelledDataset,
+    test: Features,
+) -> None:
     """Probes; one that fails leaves the other, and zero-shot's number, alone."""
-    protocol = run.protocol
     if not protocol.linear_probe and not protocol.shots:
         return
     try:
         if "train" not in dataset.splits:
             raise ValueError("there is no split train to fit probes to")
-        train = run.features(dataset.splits["train"])
-        val = run.features(dataset.splits["val"]) if "val" in dataset.splits else None
+        train = _features(evaluator, dataset.splits["train"])
+        val = _features(evaluator, dataset.splits["val"]) if "val" in dataset.splits else None
     except (ValueError, OSError) as error:
         _fail(row, "probes: ", error)
         return

@@ -15,11 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import SampleSource, eval_batches
+from fastclip.data.eval_loader import SampleSource
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
-from fastclip.distributed.runtime import Runtime
-from fastclip.models.clip import Clip
-from fastclip.tokenizer import Tokenizer
+from fastclip.eval.evaluator import Evaluator
 
 _FORMAT = "fastclip features 1"
 _TENSORS = ("embedding", "representation", "labels")
@@ -82,16 +80,9 @@ class Features:
 
 
 def extract_features(
-    model: Clip,
+    evaluator: Evaluator,
     source: SampleSource,
     label_of: Callable[[Batch], tuple[Tensor, Tensor]],
-    *,
-    image_size: int,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    workers: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
 ) -> Features:
     """Features of every image of `source`, in its order; collective, the same on every rank.
 
@@ -101,9 +92,6 @@ def extract_features(
     Args:
         label_of: from a batch that is not empty to the labels of the rows that are kept, int64 [K]
             or bool [K, C], and which these are, bool [B].
-        image_size: the model's.
-        batch_size: images per forward pass of a rank.
-        workers: decoding threads of a rank.
 
     Returns:
         Features on the CPU.
@@ -115,21 +103,12 @@ def extract_features(
     keys: list[str] = []
     places: list[int] = []
     problem: ValueError | None = None
+    model, device = evaluator.model, evaluator.runtime.device
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in eval_batches(
-                source,
-                image_size=image_size,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                rank=runtime.rank,
-                world_size=runtime.world_size,
-                workers=workers,
-                caption_key=None,
-                apply_orientation=apply_orientation,
-            ):
+            for batch in evaluator.batches(source):
                 kept = torch.zeros(len(batch), dtype=torch.bool)
                 if len(batch) and problem is None:
                     try:
@@ -137,7 +116,7 @@ def extract_features(
                         labels.append(found)
                     except ValueError as error:
                         problem = error  # told after the loop: other ranks still wait for this one
-                embedding, representation = model.represent(batch.images[kept].to(runtime.device))
+                embedding, representation = model.represent(batch.images[kept].to(device))
                 embeddings.append(embedding.float())
                 representations.append(representation.float())
                 rows = kept.nonzero()[:, 0].tolist()
@@ -159,7 +138,7 @@ def extract_features(
     all_keys = [key for own, *_ in everyone for key in own]
 
     def gathered(parts: list[Tensor]) -> Tensor:
-        return all_gather_rows(torch.cat(parts).to(runtime.device), sizes).cpu()[order]
+        return all_gather_rows(torch.cat(parts).to(device), sizes).cpu()[order]
 
     none = torch.zeros((0, *width), dtype=torch.uint8 if dtype == torch.bool else dtype)
     return Features(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import (
     CAPTION_EXTENSION,
     METADATA_EXTENSION,
@@ -18,9 +17,8 @@ from fastclip.data.index import (
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
-from fastclip.models.clip import Clip
+from fastclip.eval.evaluator import Evaluator
 from fastclip.ops.similarity import similarity
-from fastclip.tokenizer import Tokenizer
 
 RECALL_AT = (1, 5, 10)
 
@@ -103,17 +101,7 @@ class Pairs:
     """Places in the index."""
 
 
-def embed_pairs(
-    model: Clip,
-    tokenizer: Tokenizer,
-    task: RetrievalTask,
-    *,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
-) -> Pairs:
+def embed_pairs(evaluator: Evaluator, task: RetrievalTask) -> Pairs:
     """The features that pairs are to be found again by; collective.
 
     Raises:
@@ -124,20 +112,9 @@ def embed_pairs(
     image_parts, text_parts = [], []
     captions: list[str] = []
     numbers: list[int] = []
-    for batch in eval_batches(
-        index,
-        image_size=image_size,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        workers=workers,
-        caption_key=task.caption_key,
-        apply_orientation=apply_orientation,
-    ):
-        output = model(
-            images=batch.images.to(runtime.device), tokens=batch.tokens.to(runtime.device)
-        )
+    device = evaluator.runtime.device
+    for batch in evaluator.batches(index, caption_key=task.caption_key):
+        output = evaluator.model(images=batch.images.to(device), tokens=batch.tokens.to(device))
         image_parts.append(output.image_features)
         text_parts.append(output.text_features)
         captions.extend(batch.captions)
@@ -180,17 +157,7 @@ def recall(pairs: Pairs, runtime: Runtime) -> dict[str, float]:
     return {**result, "images": float(len(images)), "texts": float(len(distinct))}
 
 
-def retrieval(
-    model: Clip,
-    tokenizer: Tokenizer,
-    task: RetrievalTask,
-    *,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
-) -> dict[str, float]:
+def retrieval(evaluator: Evaluator, task: RetrievalTask) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions; collective, the same result on every rank.
 
     Equal captions are one text: any of its images is right for it, and it is right for each of
@@ -200,14 +167,4 @@ def retrieval(
         ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``
         and ``texts``.
     """
-    pairs = embed_pairs(
-        model,
-        tokenizer,
-        task,
-        image_size=image_size,
-        batch_size=batch_size,
-        workers=workers,
-        runtime=runtime,
-        apply_orientation=apply_orientation,
-    )
-    return recall(pairs, runtime)
+    return recall(embed_pairs(evaluator, task), evaluator.runtime)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, retrieval
 from fastclip.eval.table import columns
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
-from fastclip.models.clip import Clip
-from fastclip.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,48 +39,23 @@ class EvalConfig:
                 raise ValueError(f"eval.{kind} has two tasks named {', '.join(repeated)}")
 
 
-def run_suite(
-    model: Clip,
-    tokenizer: Tokenizer,
-    config: EvalConfig,
-    *,
-    image_size: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
-) -> dict[str, float]:
+def run_suite(evaluator: Evaluator, config: EvalConfig) -> dict[str, float]:
     """Every task's numbers under ``kind/task/measure``; collective, the same on every rank.
 
     The model is put back into the mode it was in. Nothing here draws random numbers, so that
     evaluating does not change the training that follows.
     """
+    model = evaluator.model
     training = model.training
     model.eval()
     metrics: dict[str, float] = {}
     try:
         with torch.no_grad():
             for task in config.zero_shot:
-                numbers = zero_shot(
-                    model,
-                    tokenizer,
-                    task,
-                    image_size=image_size,
-                    batch_size=config.batch_size,
-                    workers=config.workers,
-                    runtime=runtime,
-                    apply_orientation=apply_orientation,
-                )
+                numbers = zero_shot(evaluator, task)
                 metrics |= {f"zero_shot/{task.name}/{key}": v for key, v in numbers.items()}
             for pairs in config.retrieval:
-                numbers = retrieval(
-                    model,
-                    tokenizer,
-                    pairs,
-                    image_size=image_size,
-                    batch_size=config.batch_size,
-                    workers=config.workers,
-                    runtime=runtime,
-                    apply_orientation=apply_orientation,
-                )
+                numbers = retrieval(evaluator, pairs)
                 metrics |= {f"retrieval/{pairs.name}/{key}": v for key, v in numbers.items()}
     finally:
         model.train(training)

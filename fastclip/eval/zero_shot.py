@@ -14,15 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import METADATA_EXTENSION, index_shards
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
-from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import check_templates, fill, imagenet_templates
-from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity
-from fastclip.tokenizer import Tokenizer
 from fastclip.tokenizer.packing import PackedTokens
 
 _MULTIPLE = 256
@@ -47,6 +44,11 @@ class ZeroShotTask:
 
     templates: Literal["imagenet"] | tuple[str, ...] = "imagenet"
     """Texts with {} for a class's name; their features are averaged. Or the paper's 80."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The templates themselves."""
+        return imagenet_templates() if self.templates == "imagenet" else self.templates
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
@@ -123,13 +125,7 @@ def check_names(names: Sequence[object], where: str | Path) -> tuple[str, ...]:
 
 
 def build_classifier(
-    model: Clip,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    batch_size: int,
-    runtime: Runtime,
+    evaluator: Evaluator, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """One unit-length text feature per class, fp32 [classes, D], on every rank.
 
@@ -138,12 +134,13 @@ def build_classifier(
     together. The ranks share the classes, and each makes the same number of forward passes, some
     perhaps of no text, so that sharded parameters can be gathered.
     """
+    model, runtime, batch_size = evaluator.model, evaluator.runtime, evaluator.batch_size
     share = -(-len(names) // runtime.world_size)
     sizes = [max(0, min(share, len(names) - rank * share)) for rank in range(runtime.world_size)]
     first = runtime.rank * share
     own = names[first : first + sizes[runtime.rank]]
     texts = [text for name in own for text in fill(templates, name)]
-    tokens, lengths = tokenizer.encode_batch(texts)
+    tokens, lengths = evaluator.tokenizer.encode_batch(texts)
     lengths, order = lengths.sort(stable=True)
     features = []
     for begin in range(0, share * len(templates), batch_size):
@@ -182,42 +179,19 @@ def rank_of_target(scores: Tensor, target: Tensor) -> Tensor:
     return (~(scores < right)).sum(dim=1) - 1
 
 
-def zero_shot(
-    model: Clip,
-    tokenizer: Tokenizer,
-    task: ZeroShotTask,
-    *,
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    runtime: Runtime,
-    apply_orientation: bool = False,
-) -> dict[str, float]:
+def zero_shot(evaluator: Evaluator, task: ZeroShotTask) -> dict[str, float]:
     """Classify every image of the task; collective, the same result on every rank.
 
     Returns:
         ``top1`` and ``top5`` as fractions, and the numbers of ``images`` and ``classes``.
     """
     classes = load_classes(task.classes)
-    templates = imagenet_templates() if task.templates == "imagenet" else task.templates
-    classifier = build_classifier(
-        model, tokenizer, classes.names, templates, batch_size=batch_size, runtime=runtime
-    )
+    classifier = build_classifier(evaluator, classes.names, task.texts)
     index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
     top1 = top5 = images = 0
     problem: ValueError | None = None
-    for batch in eval_batches(
-        index,
-        image_size=image_size,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        workers=workers,
-        caption_key=None,
-        apply_orientation=apply_orientation,
-    ):
-        features = model(images=batch.images.to(runtime.device)).image_features
+    for batch in evaluator.batches(index):
+        features = evaluator.image_features(batch)
         try:
             target = classes.index(batch, shown(task.shards))
         except ValueError as error:

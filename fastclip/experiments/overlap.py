@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from fastclip.config import TrainConfig
     from fastclip.data.index import ShardIndex
     from fastclip.data.pixels import PixelReader
-    from fastclip.distributed.runtime import Runtime
+    from fastclip.eval.evaluator import Evaluator
     from fastclip.eval.overlap import Duplicates, DuplicateSearch, OverlapAnalysis, Pair
     from fastclip.eval.zero_shot import ZeroShotTask
-    from fastclip.models.clip import Clip
 
 logger = logging.getLogger("fastclip")
 
@@ -103,20 +102,19 @@ def run_overlap(
     from fastclip.distributed.runtime import initialise_alone, shutdown
     from fastclip.eval.answers import answer_task
     from fastclip.eval.overlap import analyse_overlap, find_duplicates
-    from fastclip.evaluate import load_trained, run_folder
+    from fastclip.evaluate import load_trained, make_evaluator, run_folder
     from fastclip.provenance import provenance
-    from fastclip.tokenizer import Tokenizer
 
     config = apply_overrides(load_config(run_folder(path) / "config.json"), list(overrides))
     config.data.configure_remote()
     chosen = choose_tasks(config, tasks)
     model, checkpoint = load_trained(path)
-    tokenizer = Tokenizer(context_length=config.model.text.context_length)
     images = index_shards(config.data.train if train is None else train, needs=())
     images.log_problems()
     out.mkdir(parents=True, exist_ok=True)
     runtime = initialise_alone(device, "this experiment")
-    embed = _embedder(model.to(runtime.device), runtime)
+    evaluator = make_evaluator(model, config, runtime)
+    embed = _embedder(evaluator)
     analyses: list[OverlapAnalysis] = []
     report: list[dict[str, Any]] = []
     try:
@@ -125,16 +123,7 @@ def run_overlap(
         ) as reader:
             cache = HashCache(out / "hashes", reader, logger.info)
             for task in chosen:
-                answers = answer_task(
-                    model,
-                    tokenizer,
-                    task,
-                    image_size=config.model.vision.image_size,
-                    batch_size=config.eval.batch_size,
-                    workers=config.eval.workers,
-                    device=runtime.device,
-                    apply_orientation=config.data.apply_orientation,
-                )
+                answers = answer_task(evaluator, task)
                 test = answers.index
                 found = find_duplicates(
                     images,
@@ -143,7 +132,7 @@ def run_overlap(
                     search=search,
                     reader=reader,
                     cache=cache,
-                    image_size=config.model.vision.image_size,
+                    image_size=evaluator.image_size,
                 )
                 correct = (answers.rank < 1).cpu().numpy()
                 overlapping = _overlapping(answers.numbers, found)
@@ -182,12 +171,14 @@ def choose_tasks(config: TrainConfig, names: Sequence[str] | None) -> list[ZeroS
     return list(tasks.values()) if names is None else [tasks[name] for name in names]
 
 
-def _embedder(model: Clip, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+def _embedder(evaluator: Evaluator) -> Callable[[Tensor], Tensor]:
     import torch
+
+    device = evaluator.runtime.device
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(images=images.to(runtime.device)).image_features.float().cpu()
+            return evaluator.model(images=images.to(device)).image_features.float().cpu()
 
     return embed
 

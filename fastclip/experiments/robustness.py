@@ -263,30 +263,20 @@ def _counts(
 
     from fastclip.data.rewriting import write_text
     from fastclip.eval.zero_shot import zero_shot
-    from fastclip.evaluate import load_trained
-    from fastclip.tokenizer import Tokenizer
+    from fastclip.evaluate import load_trained, make_evaluator
 
     weights = _digest(checkpoint)
-    model = None
+    evaluator = None
     counts = []
     for task in tasks:
         path = kept / f"{_key(weights, task, config)}.json"
         if path.is_file():
             counts.append(_read_count(path))
             continue
-        if model is None:
-            model = load_trained(checkpoint)[0].to(runtime.device)
+        if evaluator is None:
+            evaluator = make_evaluator(load_trained(checkpoint)[0], config, runtime)
         with torch.no_grad():
-            numbers = zero_shot(
-                model,
-                Tokenizer(context_length=model.config.text.context_length),
-                task,
-                image_size=model.config.vision.image_size,
-                batch_size=config.eval.batch_size,
-                workers=config.eval.workers,
-                runtime=runtime,
-                apply_orientation=config.data.apply_orientation,
-            )
+            numbers = zero_shot(evaluator, task)
         images = round(numbers["images"])
         count = Count(right=round(numbers["top1"] * images), images=images)
         write_text(path, json.dumps(asdict(count)))

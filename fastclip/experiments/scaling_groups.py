@@ -15,7 +15,9 @@ import torch
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import METADATA_EXTENSION, index_shards
 from fastclip.data.reader import Members
+from fastclip.distributed.runtime import Runtime
 from fastclip.eval.answers import answer_task
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.zero_shot import ZeroShotTask, load_classes
 from fastclip.evaluate import load_trained
 from fastclip.tokenizer import Tokenizer
@@ -76,18 +78,19 @@ def group_error(run: Path, task: GroupTask, *, batch_size: int, workers: int) ->
             be read, or one has a label without a group.
     """
     model, _ = load_trained(run)
-    tokenizer = Tokenizer(context_length=model.config.text.context_length)
+    evaluator = Evaluator(
+        model=model,
+        tokenizer=Tokenizer(context_length=model.config.text.context_length),
+        runtime=Runtime.alone(torch.device("cpu")),
+        batch_size=batch_size,
+        workers=workers,
+    )
     classes, groups = load_classes(task.classes), label_groups(task)
     numbers = {group: number for number, group in enumerate(sorted(set(groups.values())))}
     of_label = torch.tensor([numbers.get(groups.get(name, ""), -1) for name in classes.names])
     found = answer_task(
-        model,
-        tokenizer,
+        evaluator,
         ZeroShotTask(name=task.name, shards=task.shards, classes=task.classes, templates=("{}",)),
-        image_size=model.config.vision.image_size,
-        batch_size=batch_size,
-        workers=workers,
-        device=torch.device("cpu"),
     )
     right = of_label[found.target]
     if bool((right < 0).any()):

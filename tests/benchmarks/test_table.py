@@ -10,10 +10,12 @@ import pytest
 from benchmarks import table
 from benchmarks.bench_contrastive import BENCHMARK
 from benchmarks.bench_step import BENCHMARK as STEP
+from benchmarks.blocks import markers, with_block
 from benchmarks.cases import CONTRASTIVE_SETS, Case
 from benchmarks.record import ROOT, Record
 from benchmarks.steps import StepCase
 
+BEGIN, END = markers("benchmarks")
 HEADLINE = CONTRASTIVE_SETS["headline"][0]
 
 
@@ -56,29 +58,29 @@ def test_the_readme_is_rewritten_between_its_markers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--readme", str(readme), "--results", str(tmp_path)]
     assert table.main([*arguments, "--check"]) == 1
     assert "out of date" in capsys.readouterr().out
     assert table.main(arguments) == 0
-    expected = f"before\n{table.BEGIN}\n{table.NOT_RUN}\n{table.END}\nafter\n"
+    expected = f"before\n{BEGIN}\n{table.NOT_RUN}\n{END}\nafter\n"
     assert readme.read_text() == expected
     assert table.main([*arguments, "--check"]) == 0
 
 
-@pytest.mark.parametrize("text", ["", table.BEGIN, f"{table.END}\n{table.BEGIN}"])
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}"])
 def test_missing_markers_are_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
     assert table.main(["--readme", str(readme)]) == 2
-    assert table.BEGIN in capsys.readouterr().err
+    assert BEGIN in capsys.readouterr().err
 
 
 def test_the_projects_readme_is_up_to_date() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.with_table(text, table.table()) == text
+    assert with_block(text, "benchmarks", table.table()) == text
 
 
 def test_steps_are_given_as_ratios(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fastclip.distributed.runtime import Runtime
 from fastclip.eval import layout
 from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark
 from fastclip.eval.datasets import paper_datasets
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.layout import find_datasets
 from fastclip.eval.prompts import fill
 from fastclip.models.clip import Clip
@@ -25,7 +26,7 @@ from labelled_sets import describe, write_folders, write_labelled
 from ranks import run_ranks
 from shards import COLOURS, SHAPES, evaluation_pixels, picture
 
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+ALONE = Runtime.alone(torch.device("cpu"))
 TEMPLATES = ["{}", "a photo of something {}."]
 
 
@@ -37,21 +38,26 @@ def _model() -> Clip:
     return Clip(dataclasses.replace(config, vision=vision, text=text)).eval()
 
 
+def _evaluator(model: Clip, runtime: Runtime) -> Evaluator:
+    return Evaluator(
+        model=model,
+        tokenizer=Tokenizer(context_length=32),
+        runtime=runtime,
+        batch_size=5,
+        workers=1,
+    )
+
+
 def _run(
     runtime: Runtime, root: Path, protocol: Protocol, compared: str | None = None
 ) -> list[Row]:
     rows = run_benchmark(
-        _model(),
-        Tokenizer(context_length=32),
+        _evaluator(_model(), runtime),
         root,
         names=find_datasets(root),
         protocol=protocol,
         preset=compared,
         same_scale=compared == "ViT-B-32",
-        batch_size=5,
-        workers=1,
-        image_size=64,
-        runtime=runtime,
     )
     for row in rows:
         row.seconds = 0.0
@@ -172,17 +178,12 @@ def test_mode_and_random_numbers_are_left_alone(tmp_path: Path) -> None:
     model = _model().train()
     state = torch.get_rng_state()
     run_benchmark(
-        model,
-        Tokenizer(context_length=32),
+        _evaluator(model, ALONE),
         tmp_path,
         names=["mnist"],
         protocol=Protocol(),
         preset=None,
         same_scale=False,
-        batch_size=4,
-        workers=1,
-        image_size=64,
-        runtime=ALONE,
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)

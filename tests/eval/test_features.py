@@ -15,6 +15,7 @@ from fastclip.data.batch import Batch
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import Sample, ShardIndex, index_shards
 from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features, load_features, save_features
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig
@@ -23,7 +24,7 @@ from fastclip.tokenizer import Tokenizer
 from ranks import run_ranks
 from shards import COLOURS, write_shards
 
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+ALONE = Runtime.alone(torch.device("cpu"))
 
 
 def _config() -> ClipConfig:
@@ -74,14 +75,19 @@ def _extract(
     runtime: Runtime, folder: Path, labels: str = "_not_black", model: Clip | None = None
 ) -> Features:
     return extract_features(
-        _model(_config()) if model is None else model,
+        _evaluator(_model(_config()) if model is None else model, runtime),
         index_shards(str(folder / "shards"), needs=("json",)),
         LABELS[labels],
-        image_size=64,
+    )
+
+
+def _evaluator(model: Clip, runtime: Runtime) -> Evaluator:
+    return Evaluator(
+        model=model,
         tokenizer=Tokenizer(context_length=32),
+        runtime=runtime,
         batch_size=5,
         workers=2,
-        runtime=runtime,
     )
 
 
@@ -172,14 +178,9 @@ class _Reversed:
 def test_any_source_of_samples(tmp_path: Path) -> None:
     write_shards(tmp_path, pairs=7)
     found = extract_features(
-        _model(_config()),
+        _evaluator(_model(_config()), ALONE),
         _Reversed(index_shards(str(tmp_path / "shards"))),
         _not_black,
-        image_size=64,
-        tokenizer=Tokenizer(context_length=32),
-        batch_size=3,
-        workers=1,
-        runtime=ALONE,
     )
     assert found.keys == ("000006", "000004", "000003", "000002", "000001", "000000")
     _assert_same(found, _extract(ALONE, tmp_path).rows(torch.arange(5, -1, -1)))

@@ -22,6 +22,7 @@ import peers  # noqa: F401
 from fastclip.data.batch import Batch
 from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features
 from fastclip.eval.linear_probe import linear_probe
 from fastclip.eval.logistic_regression import LogisticRegression
@@ -36,7 +37,7 @@ from shards import COLOURS, SHAPES, picture, write_tar
 
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, pipeline  # isort: skip
 
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+ALONE = Runtime.alone(torch.device("cpu"))
 NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 IMAGES = 72
 SIZE = 64  # the model's: nobody has to resize anything
@@ -87,17 +88,19 @@ def _colour(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(model: Clip, folder: Path) -> Features:
-    return extract_features(
-        model,
-        index_shards(str(folder), needs=("json",)),
-        _colour,
-        image_size=SIZE,
+def evaluator(model: Clip) -> Evaluator:
+    return Evaluator(
+        model=model,
         tokenizer=Tokenizer(context_length=77),
+        runtime=Runtime.alone(torch.device("cpu")),
         batch_size=16,
         workers=1,
-        runtime=ALONE,
     )
+
+
+@pytest.fixture(scope="module")
+def found(evaluator: Evaluator, folder: Path) -> Features:
+    return extract_features(evaluator, index_shards(str(folder), needs=("json",)), _colour)
 
 
 def _their_tokenizer() -> CLIPTokenizer:
@@ -107,7 +110,7 @@ def _their_tokenizer() -> CLIPTokenizer:
 
 
 def test_zero_shot_probabilities_are_those_of_transformers(
-    model: Clip, folder: Path, found: Features, tmp_path: Path
+    model: Clip, evaluator: Evaluator, folder: Path, found: Features, tmp_path: Path
 ) -> None:
     export_weights(model, model.config, tmp_path, "huggingface")
     about = model.config
@@ -128,14 +131,7 @@ def test_zero_shot_probabilities_are_those_of_transformers(
         [[{a["label"]: a["score"] for a in one}[name] for name in NAMES] for one in answers]
     )
     with torch.no_grad():
-        classifier = build_classifier(
-            model,
-            Tokenizer(context_length=77),
-            NAMES,
-            (TEMPLATE,),
-            batch_size=32,
-            runtime=ALONE,
-        )
+        classifier = build_classifier(evaluator, NAMES, (TEMPLATE,))
         scale = float(model.logit_scale.exp())
         ours = similarity(found.embedding, classifier, scale, normalize=False).softmax(dim=1)
     print(f"zero-shot probabilities differ by {float((ours - theirs).abs().max()):.1e}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.retrieval import RetrievalTask
 from fastclip.eval.suite import EvalConfig, format_table, run_suite
 from fastclip.eval.zero_shot import ZeroShotTask
@@ -16,7 +17,7 @@ from fastclip.models.presets import preset
 from fastclip.tokenizer import Tokenizer
 from shards import write_shards
 
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+ALONE = Runtime.alone(torch.device("cpu"))
 
 
 def test_suite_leaves_mode_and_random_numbers_alone(tmp_path: Path) -> None:
@@ -38,7 +39,14 @@ def test_suite_leaves_mode_and_random_numbers_alone(tmp_path: Path) -> None:
     model.freeze(vision=True, text=False)
     statistics = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    metrics = run_suite(model, Tokenizer(context_length=32), config, image_size=64, runtime=ALONE)
+    evaluator = Evaluator(
+        model=model,
+        tokenizer=Tokenizer(context_length=32),
+        runtime=ALONE,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+    metrics = run_suite(evaluator, config)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.visual.training  # frozen towers stay in evaluation mode

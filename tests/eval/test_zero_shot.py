@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import fill, imagenet_templates
 from fastclip.eval.zero_shot import (
     ZeroShotTask,
@@ -28,7 +29,7 @@ from ranks import run_ranks
 from shards import sample, write_shards, write_tar
 
 TEMPLATES = ("{}", "a drawing of a {}.", "{}, small")
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), backend="gloo")
+ALONE = Runtime.alone(torch.device("cpu"))
 
 
 def _model() -> Clip:
@@ -54,15 +55,17 @@ def _task(folder: Path) -> ZeroShotTask:
 
 def _evaluate(runtime: Runtime, folder: Path, batch_size: int) -> dict[str, float]:
     with torch.no_grad():
-        return zero_shot(
-            _model(),
-            Tokenizer(context_length=32),
-            _task(folder),
-            image_size=64,
-            batch_size=batch_size,
-            workers=1,
-            runtime=runtime,
-        )
+        return zero_shot(_evaluator(_model(), runtime, batch_size), _task(folder))
+
+
+def _evaluator(model: Clip, runtime: Runtime, batch_size: int) -> Evaluator:
+    return Evaluator(
+        model=model,
+        tokenizer=Tokenizer(context_length=32),
+        runtime=runtime,
+        batch_size=batch_size,
+        workers=1,
+    )
 
 
 def _by_hand(folder: Path) -> dict[str, float]:
@@ -105,9 +108,7 @@ def test_ranks_agree_with_one_process(tmp_path: Path, world_size: int) -> None:
 
 def _classifier(runtime: Runtime, names: list[str]) -> torch.Tensor:
     with torch.no_grad():
-        return build_classifier(
-            _model(), Tokenizer(context_length=32), names, TEMPLATES, batch_size=4, runtime=runtime
-        )
+        return build_classifier(_evaluator(_model(), runtime, 4), names, TEMPLATES)
 
 
 def test_more_ranks_than_classes(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_prompts_of_all_lengths_are_computed_once_and_without_padding() -> None:
         lambda _, arguments: computed.append(arguments[0].shape[0])
     )
     with torch.no_grad():
-        found = build_classifier(model, tokenizer, names, TEMPLATES, batch_size=4, runtime=ALONE)
+        found = build_classifier(_evaluator(model, ALONE, 4), names, TEMPLATES)
         texts = [text for name in names for text in fill(TEMPLATES, name)]
         assert sum(computed) == int(tokenizer.encode_batch(texts)[1].sum())
         expected = model(tokens=tokenizer(texts)).text_features.view(5, 3, -1).mean(1)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastclip.distributed.runtime import initialise, shutdown
+from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.overlap import DuplicateSearch, OverlapAnalysis
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
 from fastclip.evaluate import load_trained
@@ -87,13 +88,14 @@ def test_accuracy_is_that_of_the_evaluation(
     runtime = initialise("cpu")
     try:
         numbers = zero_shot(
-            model,
-            Tokenizer(context_length=32),
+            Evaluator(
+                model=model,
+                tokenizer=Tokenizer(context_length=32),
+                runtime=runtime,
+                batch_size=4,
+                workers=1,
+            ),
             task,
-            image_size=64,
-            batch_size=4,
-            workers=1,
-            runtime=runtime,
         )
     finally:
         shutdown()
