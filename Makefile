@@ -15,6 +15,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 RANKS ?= 2
+# Tests run in so many processes, those of a file in one of them; 0 runs them one after the other.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # What the demo's model is shown that it was not trained on.
 HELD_OUT := style-fluent-emoji-flat style-fxemoji style-flagpack test-foods
@@ -66,10 +69,10 @@ demo: $(VENV)/.train
 	@echo 'In the browser: $(BIN)/python -m fastclip serve $(DEMO)/index, and $(DEMO)/run/report.html'
 
 test: check $(VENV)/.chromium
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations=15
 
 test-all: check $(VENV)/.chromium
-	$(BIN)/python -m pytest --durations=30
+	$(BIN)/python -m pytest $(PARALLEL) --durations=30
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tests/tokenizer_fuzz.py --texts 1000000
