@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 Row = Mapping[str, str]
 OURS = "fastclip"
 
+_SAME_RUN = ("device", "commit", "dirty")
+
 
 def section(search: Sequence[Row], probe: Sequence[Row]) -> str:
     """Tables of the newest rows; "" without any."""
@@ -21,36 +23,36 @@ def section(search: Sequence[Row], probe: Sequence[Row]) -> str:
 def _tables(
     rows: Sequence[Row], case: Sequence[str], table: Callable[[Sequence[Row]], str]
 ) -> list[str]:
-    """One for each case of which we have a measured row, ours first."""
-    newest: dict[tuple[str, ...], dict[str, Row]] = {}
+    """One for each case and device: our newest measured row, and its peers' of the same commit."""
+    newest: dict[tuple[str, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        newest.setdefault(tuple(row[name] for name in case), {})[row["provider"]] = row
-    return [
-        table([found[OURS], *(row for name, row in found.items() if name != OURS)])
-        for found in newest.values()
-        if OURS in found and not found[OURS]["error"]
-    ]
+        if row["provider"] == OURS and not row["error"]:
+            newest[(row["device"], *(row[name] for name in case))] = row
+    tables = []
+    for ours in newest.values():
+        same = [row for row in rows if all(row[name] == ours[name] for name in (*_SAME_RUN, *case))]
+        peers = {row["provider"]: row for row in same if row["provider"] != OURS}
+        tables.append(table([ours, *peers.values()]))
+    return tables
 
 
 def _search(rows: Sequence[Row]) -> str:
     ours = rows[0]
     lines = [
-        f"The {ours['k']} nearest of {int(ours['count']):,} features of width {ours['dim']}, one "
-        f"query at a time: ours in milliseconds, then how many times that is each other's time. "
-        f"{_stamp(ours)}",
+        f"The {ours['k']} nearest of {int(ours['count']):,} features of width {ours['dim']} "
+        f"(jitter {ours['jitter']}), one query at a time: ours in milliseconds, then how many "
+        f"times that is each other's time. {_stamp(ours)}",
         "",
         "| | time | recall, images | recall, texts | build | memory, building | searching |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [row["error"].split(":")[0], "", "", "", "", ""]
-        if not row["error"]:
-            cells = [
-                _time(row, ours, lambda ms: f"{ms:.3g} ms"),
-                *(f"{float(row[f'recall_{kind}']):.3f}" for kind in ("images", "texts")),
-                f"{float(row['build_s']):,.0f} s",
-                *(f"{float(row[name]) / 1e3:.2f} GB" for name in ("build_rss_mb", "rss_mb")),
-            ]
+        cells = [
+            _time(row, ours, lambda ms: f"{ms:.3g} ms"),
+            *(_number(row[f"recall_{kind}"], "{:.3f}") for kind in ("images", "texts")),
+            _number(row["build_s"], "{:,.0f} s"),
+            *(_number(row[name], "{:.2f} GB", 1e-3) for name in ("build_rss_mb", "rss_mb")),
+        ]
         lines.append(f"| {row['provider']} {row['version']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -66,20 +68,24 @@ def _probe(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [row["error"].split(":")[0], "", ""]
-        if not row["error"]:
-            cells = [
-                _time(row, ours, lambda ms: f"{ms / 1e3:.3g} s"),
-                f"{float(row['accuracy']):.2%}",
-                f"{float(row['strength']):.2g}",
-            ]
+        cells = [
+            _time(row, ours, lambda ms: f"{ms / 1e3:.3g} s"),
+            _number(row["accuracy"], "{:.2%}"),
+            _number(row["strength"], "{:.2g}"),
+        ]
         lines.append(f"| {row['provider']} {row['version']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _time(row: Row, ours: Row, shown: Callable[[float], str]) -> str:
+    if row["error"]:
+        return row["error"].split(":")[0].replace("|", "/")
     taken = float(row["median_ms"])
     return shown(taken) if row is ours else f"{taken / float(ours['median_ms']):.3g}×"
+
+
+def _number(cell: str, pattern: str, factor: float = 1.0) -> str:
+    return pattern.format(float(cell) * factor) if cell else "–"
 
 
 def _stamp(row: Row) -> str:

@@ -1,18 +1,17 @@
 """docs/experiments.md's tables, from results: ``python -m benchmarks.experiments_page [--check]``.
 
-``benchmarks/results/experiments`` has what ``fastclip eval --datasets`` and ``fastclip experiment``
-wrote: of each result its text as ``NAME.txt``, its numbers as ``NAME.json``.
+``benchmarks/results/experiments`` has what ``fastclip experiment`` wrote, ``NAME.txt`` and
+``NAME.json``, and what ``fastclip eval --datasets --json NAME.json > NAME.txt`` did.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.blocks import rewrite
+from benchmarks.blocks import fenced, rewrite
 from benchmarks.record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "experiments.md"
@@ -24,29 +23,34 @@ def blocks(folder: Path = EXPERIMENTS) -> dict[str, str]:
     """The page's block of each result, by name.
 
     Raises:
-        FileNotFoundError: a text has no numbers beside it.
-        KeyError: the numbers do not say where they are from.
+        FileNotFoundError: there is no result, or one has no numbers beside its text.
+        ValueError: the numbers do not say where they are from.
     """
-    return {
-        text.stem: "\n".join(
-            [
-                _stamp(json.loads(text.with_suffix(".json").read_bytes())["provenance"]),
-                "",
-                "```text",
-                text.read_text(encoding="utf-8").rstrip(),
-                "```",
-            ]
-        )
-        for text in sorted(folder.glob("*.txt"))
+    found = {
+        path.stem: f"{_stamp(path.with_suffix('.json'))}\n\n"
+        + fenced(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.txt"))
     }
+    if not found:
+        raise FileNotFoundError(f"{folder} has no result, NAME.txt and NAME.json")
+    return found
 
 
-def _stamp(provenance: Mapping[str, Any]) -> str:
-    versions = provenance["versions"]
-    return (
-        f"{provenance['machine']}, Python {versions['python']}, torch {versions['torch']}, commit "
-        f"{_short(provenance['commit'])}, {provenance['date'][:10]}."
-    )
+def _stamp(path: Path) -> str:
+    """Where the numbers of a result are from."""
+    try:
+        content = json.loads(path.read_bytes())
+        about, trained = content["provenance"], content.get("trained_at", [])
+        versions = about["versions"]
+        text = (
+            f"{about['machine']}, Python {versions['python']}, torch {versions['torch']}, commit "
+            f"{_short(about['commit'])}, {about['date'][:10]}."
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say where it is from: {error!r}") from None
+    if trained and trained != [about["commit"]]:
+        text += f" Its models were trained at {', '.join(map(_short, trained))}."
+    return text
 
 
 def _short(commit: str | None) -> str:
@@ -61,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=EXPERIMENTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    return rewrite(options.page, blocks(options.results), check=options.check, program=PROGRAM)
+    return rewrite(
+        options.page, lambda: blocks(options.results), check=options.check, program=PROGRAM
+    )
 
 
 if __name__ == "__main__":

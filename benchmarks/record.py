@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from fastclip.provenance import git
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -45,9 +46,9 @@ def stamp(commit: str | None, dirty: bool, device: torch.device) -> Stamp:
         ValueError: there is no commit to name.
     """
     if commit is None:
-        commit = _git("rev-parse", "HEAD")
+        commit = git(ROOT, "rev-parse", "HEAD")
         # Rows already written are no change of what is measured.
-        changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        changes = git(ROOT, "status", "--porcelain", "--", ".", ":!benchmarks/results")
         if not commit or changes is None:
             raise ValueError(
                 f"git knows no commit of {ROOT}: give --commit HASH, and --dirty if the files "
@@ -140,14 +141,3 @@ def _drop_partial_line(path: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):
             path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git in this tree, None where it fails or is not there."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -65,8 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
-    blocks = {"benchmarks": table(options.results)}
-    return rewrite(options.readme, blocks, check=options.check, program=PROGRAM)
+    return rewrite(
+        options.readme,
+        lambda: {"benchmarks": table(options.results)},
+        check=options.check,
+        program=PROGRAM,
+    )
 
 
 def _of_case(row: Row, case: Mapping[str, str]) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastclip.config import TrainConfig, apply_overrides, load_config
 from fastclip.data.rewriting import check_target, write_text
 from fastclip.distributed.runtime import initialise, shutdown
 from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark, summary
@@ -17,7 +16,7 @@ from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.few_shot import equal_shots
 from fastclip.eval.layout import find_datasets
 from fastclip.eval.suite import EvalConfig
-from fastclip.evaluate import load_trained, run_folder
+from fastclip.evaluate import load_trained, run_config, run_folder
 from fastclip.models.config import ClipConfig
 from fastclip.models.presets import PRESETS
 from fastclip.printing import printable_lines
@@ -167,8 +166,7 @@ def _settings(path: Path, overrides: Sequence[str]) -> tuple[EvalConfig, bool]:
         if overrides:
             raise
         return EvalConfig(), False
-    config: TrainConfig = apply_overrides(load_config(folder / "config.json"), overrides)
-    config.data.configure_remote()
+    config = run_config(folder, overrides)
     return config.eval, config.data.apply_orientation
 
 

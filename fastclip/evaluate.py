@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,6 +77,27 @@ def run_folder(path: Path) -> Path:
     )
 
 
+def run_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config of a run, or of the run that a checkpoint is in, for evaluating its model.
+
+    Args:
+        overrides: of fields below ``eval`` and ``data``, e.g. ``eval.batch_size=512``.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: an override does not fit, or is of a field that an evaluation does not read.
+    """
+    for override in overrides:
+        if not override.startswith(("eval.", "data.")):
+            raise ValueError(
+                f"{override}: a trained model is evaluated as it was trained; fields below eval "
+                "and data can be changed"
+            )
+    config = apply_overrides(load_config(run_folder(path) / "config.json"), list(overrides))
+    config.data.configure_remote()
+    return config
+
+
 def make_evaluator(model: Clip, config: TrainConfig, runtime: Runtime) -> Evaluator:
     """A trained model as its run's config has it evaluated; moved to the runtime's device."""
     return Evaluator(
@@ -89,14 +111,13 @@ def make_evaluator(model: Clip, config: TrainConfig, runtime: Runtime) -> Evalua
 
 
 def evaluate(
-    path: Path, overrides: list[str], *, device: str = "auto"
+    path: Path, overrides: Sequence[str], *, device: str = "auto"
 ) -> tuple[dict[str, float], bool]:
     """Run a run's evaluation suite on its weights; returns the numbers and whether this is rank 0.
 
     Works alone or under a launcher. Overrides change the run's config (``eval.batch_size=512``).
     """
-    config = apply_overrides(load_config(run_folder(path) / "config.json"), overrides)
-    config.data.configure_remote()
+    config = run_config(path, overrides)
     runtime = initialise(device)
     try:
         model, _ = load_trained(path)
@@ -116,7 +137,7 @@ def show(path: Path) -> list[str]:
         FileNotFoundError: there is no run, no metrics or no checkpoint.
     """
     folder = run_folder(path)
-    config = load_config(folder / "config.json")
+    config = run_config(path)
     model, checkpoint = load_trained(path)
     evaluator = make_evaluator(model, config, Runtime.alone(torch.device("cpu")))
     written = []

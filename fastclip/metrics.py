@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastclip.flops import peak_flops
-from fastclip.provenance import commit, machine, now, versions
+from fastclip.provenance import note_launch
 
 logger = logging.getLogger("fastclip")
 
@@ -143,20 +143,11 @@ class RunLogger:
         self._begin = time.monotonic()
 
     def start(self, description: str) -> None:
-        """Say what is about to run; ``launches.jsonl`` keeps it, with the versions that it uses."""
+        """Say what is about to run; ``launches.jsonl`` keeps it; see `note_launch`."""
         if not self.is_main:
             return
         logger.info("%s", description)
-        launch = {
-            "begin": now(),
-            "step": self._first_step,
-            "description": description,
-            "commit": commit(),
-            "machine": machine(),
-            "versions": versions(),
-        }
-        with (self.directory / "launches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(launch) + "\n")
+        note_launch(self.directory, step=self._first_step, description=description)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Log a training step; tensors are read from the device here and not before."""

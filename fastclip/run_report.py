@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.config import TrainConfig, apply_overrides, load_config, to_dict
+from fastclip.config import TrainConfig, to_dict
 from fastclip.data.index import ShardIndex
 from fastclip.data.pixels import PixelReader
 from fastclip.data.rewriting import check_target, write_text
@@ -30,7 +30,7 @@ from fastclip.eval.retrieval import (
     recall,
 )
 from fastclip.eval.zero_shot import ZeroShotTask
-from fastclip.evaluate import load_trained, make_evaluator, run_folder
+from fastclip.evaluate import load_trained, make_evaluator, run_config, run_folder
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity, similarity_topk
@@ -72,10 +72,9 @@ def write_report(
     folder = run_folder(path)
     target = out or folder / "report.html"
     check_target(target)
-    config = apply_overrides(load_config(folder / "config.json"), list(overrides))
+    config = run_config(path, overrides)
     rows = read_metrics(folder / "metrics.jsonl")
     model, checkpoint = load_trained(path)
-    config.data.configure_remote()
     runtime = initialise_alone(device, "fastclip report")
     try:
         with (
@@ -324,15 +323,13 @@ def _origin(folder: Path) -> dict[str, Any]:
     launches = read_lines(path) if path.is_file() else []
     shown_launches = []
     versions: dict[str, str] = {}
-    commit = None
     for number, each in enumerate(launches, 1):
         texts = [each.get(name) for name in ("begin", "description", "machine")]
         versions = each.get("versions", {})
-        commit = each.get("commit")
         if not all(isinstance(text, str) for text in texts) or not isinstance(versions, dict):
             raise ValueError(f"{path}, line {number} describes no launch")
         begin, description, machine = map(str, texts)
-        step = f"{each['step']:,}"
-        shown_launches.append((begin.replace("T", " "), step, description, machine))
-    found = [*versions.items(), *([("commit", commit)] if commit else [])]
-    return {"launches": shown_launches, "versions": [(name, str(value)) for name, value in found]}
+        step, commit = f"{each['step']:,}", str(each.get("commit") or "")
+        code = commit[:10] + "+" * commit.endswith("+")
+        shown_launches.append((begin.replace("T", " "), step, description, machine, code))
+    return {"launches": shown_launches, "versions": [(k, str(v)) for k, v in versions.items()]}

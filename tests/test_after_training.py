@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastclip.evaluate import load_trained
+from fastclip.evaluate import evaluate, load_trained
+from fastclip.run_report import write_report
 from fastclip.tokenizer import Tokenizer
 from peers import CLIPModel
 from shards import write_shards
@@ -39,6 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_shards(folder)
     return folder
+
+
+@pytest.mark.parametrize("change", ["model.vision.image_size=32", "run.steps=3", "optim=1"])
+def test_a_trained_model_is_not_changed_by_overrides(run: Path, change: str) -> None:
+    for verb in (evaluate, lambda path, overrides: write_report(path, None, overrides)):
+        with pytest.raises(ValueError, match=f"{change}: a trained model is evaluated as it was"):
+            verb(run, [change])
 
 
 @pytest.fixture(scope="module")

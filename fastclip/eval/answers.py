@@ -68,12 +68,14 @@ def answer_task(evaluator: Evaluator, task: ZeroShotTask) -> Answers:
     """Every image of the task beside every class.
 
     Args:
-        evaluator: in one process, its model in evaluation mode.
+        evaluator: of one rank, its model in evaluation mode.
 
     Raises:
         FileNotFoundError, ValueError: see `index_shards`, `load_classes`; or a sample's label is
             none of the classes, or no image can be read.
     """
+    if evaluator.runtime.world_size > 1:
+        raise ValueError("a task's answers are computed in one process, not by several ranks")
     classes = load_classes(task.classes)
     index = index_shards(task.shards, needs=(METADATA_EXTENSION,))
     features, targets = [], []

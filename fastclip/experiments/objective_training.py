@@ -40,6 +40,7 @@ from fastclip.experiments.objective_models import (
 )
 from fastclip.experiments.objective_scoring import LoadedTask, classify, load_task
 from fastclip.optim import build_optimizer, set_learning_rate
+from fastclip.provenance import note_launch
 from fastclip.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastclip")
@@ -81,7 +82,8 @@ def train_objective(
 
     Args:
         config: the model, the data, the batch size, the optimiser's other settings and the tasks.
-        folder: of this run: ``settings.json``, ``results.jsonl``, ``checkpoint.safetensors``.
+        folder: of this run: ``settings.json``, ``launches.jsonl``, ``results.jsonl``,
+            ``checkpoint.safetensors``.
 
     Returns:
         For each evaluation ``step``, ``images``, ``loss`` (the mean since the last one), and the
@@ -96,6 +98,7 @@ def train_objective(
     if results is not None:
         return results
     write_text(folder / "settings.json", _about(settings, config))
+    note_launch(folder)
     results = _read_results(folder / "results.jsonl")
     with ObjectiveRun(settings, config, folder) as run:
         results = [row for row in results if row["step"] <= run.step]

@@ -252,7 +252,7 @@ def _write(
     from fastclip.data.rewriting import write_text
     from fastclip.eval.zero_shot import load_classes
     from fastclip.experiments.objective_results import TITLES, curve, ratios, sensitivity
-    from fastclip.provenance import provenance
+    from fastclip.provenance import launch_commits, provenance
     from fastclip.report.objectives_figure import draw_objectives
 
     results = {
@@ -265,6 +265,11 @@ def _write(
         "runs": {objective: list(seeds) for objective, seeds in runs.items()},
         "config": to_dict(config),
         "provenance": provenance(),
+        "trained_at": launch_commits(
+            out / "runs" / f"{objective}-seed{seed}"
+            for objective in runs
+            for seed in range(preset.seeds)
+        ),
     }
     write_text(out / "objectives.json", json.dumps(results, indent=1) + "\n")
     panels, chance = {}, {}

@@ -43,7 +43,7 @@ def add_overlap_verb(verbs: Any) -> None:
     overlap.add_argument("--cosine", type=float, help="least cosine of a duplicate's features")
     overlap.add_argument("--correlation", type=float, help="least correlation of its pixels")
     overlap.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    overlap.add_argument("overrides", nargs="*", metavar="field=value", help="of the run's config")
+    overlap.add_argument("overrides", nargs="*", metavar="eval.field=value")
     overlap.set_defaults(run=_overlap)
 
 
@@ -94,7 +94,6 @@ def run_overlap(
             `find_duplicates`.
         ImportError: matplotlib or scipy is not installed.
     """
-    from fastclip.config import apply_overrides, load_config
     from fastclip.data.hash_cache import HashCache
     from fastclip.data.index import index_shards
     from fastclip.data.pixels import PixelReader
@@ -102,11 +101,10 @@ def run_overlap(
     from fastclip.distributed.runtime import initialise_alone, shutdown
     from fastclip.eval.answers import answer_task
     from fastclip.eval.overlap import analyse_overlap, find_duplicates
-    from fastclip.evaluate import load_trained, make_evaluator, run_folder
+    from fastclip.evaluate import load_trained, make_evaluator, run_config
     from fastclip.provenance import provenance
 
-    config = apply_overrides(load_config(run_folder(path) / "config.json"), list(overrides))
-    config.data.configure_remote()
+    config = run_config(path, overrides)
     chosen = choose_tasks(config, tasks)
     model, checkpoint = load_trained(path)
     images = index_shards(config.data.train if train is None else train, needs=())

@@ -35,7 +35,7 @@ def add_robustness_verb(verbs: Any) -> None:
         "paths",
         nargs="+",
         metavar="run",
-        help="runs (all their checkpoints) and checkpoints; field=value changes the first's config",
+        help="runs (all their checkpoints), checkpoints, eval.field=value (of the first one)",
     )
     robustness.add_argument(
         "--seen",
@@ -165,16 +165,14 @@ def run_robustness(
             started several ranks.
         ImportError: matplotlib or scipy is not installed.
     """
-    from fastclip.config import apply_overrides, load_config
     from fastclip.data.rewriting import write_text
     from fastclip.distributed.runtime import initialise_alone, shutdown
-    from fastclip.evaluate import run_folder
+    from fastclip.evaluate import run_config
     from fastclip.experiments.overlap import choose_tasks
 
     if not paths:
         raise ValueError("robustness needs at least one run or checkpoint")
-    config = apply_overrides(load_config(run_folder(paths[0]) / "config.json"), list(overrides))
-    config.data.configure_remote()
+    config = run_config(paths[0], overrides)
     tasks = choose_tasks(config, [seen, unseen])
     fitted = {found.resolve() for path in baselines for found in checkpoints_of(path)}
     found = [found for path in (*paths, *baselines) for found in checkpoints_of(path)]

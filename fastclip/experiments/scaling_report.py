@@ -36,7 +36,7 @@ from fastclip.experiments.scaling_runs import Training, held, train_once
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
-from fastclip.provenance import provenance
+from fastclip.provenance import launch_commits, provenance
 from fastclip.report.scaling_figure import Curve, Point, Prediction, draw_scaling
 
 logger = logging.getLogger("fastclip")
@@ -214,6 +214,11 @@ def _save(out: Path, measured: Sequence[Measured], fits: Fits | None) -> None:
         "compute_span": measured[-1].flops / measured[0].flops,
         "models": [_model(one) for one in measured],
         "provenance": provenance(),
+        "trained_at": launch_commits(
+            out / f"{one.member.name}-seed{training.seed}"
+            for one in measured
+            for training in one.trainings
+        ),
     }
     if fits is not None:
         content["fit"] = dataclasses.asdict(fits.line)

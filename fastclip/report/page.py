@@ -105,8 +105,8 @@ class RunPage:
     speed: Sequence[Figure]
     zero_shot: Sequence[ZeroShotPart]
     retrieval: Sequence[RetrievalPart]
-    launches: Sequence[tuple[str, str, str, str]]
-    """When, from which step, what, on which machine."""
+    launches: Sequence[tuple[str, str, str, str, str]]
+    """When, from which step, what, on which machine, by which commit."""
     versions: Sequence[tuple[str, str]]
     config: str
     notes: Sequence[str] = field(default_factory=tuple)

@@ -209,7 +209,7 @@ def test_record_refuses_other_columns(tmp_path: Path) -> None:
 def test_a_tree_without_git_must_be_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(record, "_git", lambda *_: None)
+    monkeypatch.setattr(record, "git", lambda *_: None)
     arguments = ["--cases", "tiny", "--device", "cpu", "--out", str(tmp_path)]
     assert harness.main(CONTRASTIVE, arguments) == 2
     assert "give --commit HASH" in capsys.readouterr().err

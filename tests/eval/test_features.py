@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ from fastclip.models.config import ClipConfig, ResNetConfig
 from fastclip.models.presets import preset
 from fastclip.tokenizer import Tokenizer
 from ranks import run_ranks
-from shards import COLOURS, write_shards
+from resharding import encoded
+from shards import COLOURS, picture, write_shards, write_tar
 
 ALONE = Runtime.alone(torch.device("cpu"))
 
@@ -68,6 +71,10 @@ def _broken_second(batch: Batch) -> tuple[Tensor, Tensor]:
     return _not_black(batch)
 
 
+def _all_one(batch: Batch) -> tuple[Tensor, Tensor]:
+    return torch.ones(len(batch), dtype=torch.int64), torch.ones(len(batch), dtype=torch.bool)
+
+
 LABELS = {f.__name__: f for f in (_not_black, _colour_and_shape, _none, _too_many, _broken_second)}
 
 
@@ -81,13 +88,14 @@ def _extract(
     )
 
 
-def _evaluator(model: Clip, runtime: Runtime) -> Evaluator:
+def _evaluator(model: Clip, runtime: Runtime, apply_orientation: bool = False) -> Evaluator:
     return Evaluator(
         model=model,
         tokenizer=Tokenizer(context_length=32),
         runtime=runtime,
         batch_size=5,
         workers=2,
+        apply_orientation=apply_orientation,
     )
 
 
@@ -184,6 +192,23 @@ def test_any_source_of_samples(tmp_path: Path) -> None:
     )
     assert found.keys == ("000006", "000004", "000003", "000002", "000001", "000000")
     _assert_same(found, _extract(ALONE, tmp_path).rows(torch.arange(5, -1, -1)))
+
+
+def test_images_are_turned_upright_where_the_run_turned_them(tmp_path: Path) -> None:
+    upright = Image.open(io.BytesIO(picture("red", "triangle", 7)))
+    turned = encoded(upright.transpose(Image.Transpose.ROTATE_90), "PNG", orientation=6)
+    found = []
+    for name, content, orient in (
+        ("upright", encoded(upright, "PNG"), False),
+        ("turned", turned, True),
+        ("turned", turned, False),
+    ):
+        write_tar(tmp_path / f"{name}.tar", [("0", {"png": content, "json": b"{}"})])
+        source = index_shards(str(tmp_path / f"{name}.tar"), needs=("json",))
+        evaluator = _evaluator(_model(_config()), ALONE, apply_orientation=orient)
+        found.append(extract_features(evaluator, source, _all_one).embedding)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
 
 
 @pytest.mark.parametrize("projection", ["linear", "mlp"])

@@ -45,7 +45,7 @@ def _page() -> RunPage:
         speed=[],
         zero_shot=[task],
         retrieval=[pairs],
-        launches=[(HOSTILE, "0", HOSTILE, HOSTILE)],
+        launches=[(HOSTILE, "0", HOSTILE, HOSTILE, HOSTILE)],
         versions=[(HOSTILE, HOSTILE)],
         config=HOSTILE,
         notes=[HOSTILE],
