@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_MARKER = re.compile(r"<!-- (\w+): (?:begin|end) -->")
+_MARKER = re.compile(r"<!-- ([\w-]+): (?:begin|end) -->")
 
 
 def markers(name: str) -> tuple[str, str]:

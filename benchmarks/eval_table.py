@@ -12,18 +12,52 @@ _SAME_RUN = ("device", "commit", "dirty")
 
 def section(search: Sequence[Row], probe: Sequence[Row]) -> str:
     """Tables of the newest rows; "" without any."""
-    return "\n\n".join(
-        [
-            *_tables(search, ("count", "dim", "jitter", "k"), _search),
-            *_tables(probe, ("images", "width", "classes"), _probe),
-        ]
+    found = _tables(
+        search,
+        ("count", "dim", "jitter", "k"),
+        lambda row: (
+            f"The {row['k']} nearest of {int(row['count']):,} features of width {row['dim']} "
+            f"(jitter {row['jitter']}), one query at a time"
+        ),
+        {
+            "recall, images": _number("recall_images", "{:.3f}"),
+            "recall, texts": _number("recall_texts", "{:.3f}"),
+            "build": _number("build_s", "{:,.0f} s"),
+            "memory, building": _number("build_rss_mb", "{:.2f} GB", 1e-3),
+            "searching": _number("rss_mb", "{:.2f} GB", 1e-3),
+        },
+        lambda ms: f"{ms:.3g} ms",
     )
+    probes = _tables(
+        probe,
+        ("images", "width", "classes"),
+        lambda row: (
+            f"A linear probe with its search, {int(row['images']):,} images × {row['width']}, "
+            f"{row['classes']} classes"
+        ),
+        {
+            "accuracy": _number("accuracy", "{:.2%}"),
+            "strength chosen": _number("strength", "{:.2g}"),
+        },
+        lambda ms: f"{ms / 1e3:.3g} s",
+    )
+    return "\n\n".join([*found, *probes])
 
 
 def _tables(
-    rows: Sequence[Row], case: Sequence[str], table: Callable[[Sequence[Row]], str]
+    rows: Sequence[Row],
+    case: Sequence[str],
+    head: Callable[[Row], str],
+    columns: Mapping[str, Callable[[Row], str]],
+    shown: Callable[[float], str],
 ) -> list[str]:
-    """One for each case and device: our newest measured row, and its peers' of the same commit."""
+    """One for each case and device: our newest measured row, and its peers' of the same commit.
+
+    Args:
+        head: what was measured, from our row.
+        columns: beside that of times, their heads and cells.
+        shown: our time, from milliseconds.
+    """
     newest: dict[tuple[str, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["provider"] == OURS and not row["error"]:
@@ -32,49 +66,17 @@ def _tables(
     for ours in newest.values():
         same = [row for row in rows if all(row[name] == ours[name] for name in (*_SAME_RUN, *case))]
         peers = {row["provider"]: row for row in same if row["provider"] != OURS}
-        tables.append(table([ours, *peers.values()]))
+        lines = [
+            f"{head(ours)}: ours, then how many times that is each other's time. {_stamp(ours)}",
+            "",
+            f"| | time | {' | '.join(columns)} |",
+            "|---|---:|" + "---:|" * len(columns),
+        ]
+        for row in (ours, *peers.values()):
+            cells = [_time(row, ours, shown), *(cell(row) for cell in columns.values())]
+            lines.append(f"| {row['provider']} {row['version']} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
     return tables
-
-
-def _search(rows: Sequence[Row]) -> str:
-    ours = rows[0]
-    lines = [
-        f"The {ours['k']} nearest of {int(ours['count']):,} features of width {ours['dim']} "
-        f"(jitter {ours['jitter']}), one query at a time: ours in milliseconds, then how many "
-        f"times that is each other's time. {_stamp(ours)}",
-        "",
-        "| | time | recall, images | recall, texts | build | memory, building | searching |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        cells = [
-            _time(row, ours, lambda ms: f"{ms:.3g} ms"),
-            *(_number(row[f"recall_{kind}"], "{:.3f}") for kind in ("images", "texts")),
-            _number(row["build_s"], "{:,.0f} s"),
-            *(_number(row[name], "{:.2f} GB", 1e-3) for name in ("build_rss_mb", "rss_mb")),
-        ]
-        lines.append(f"| {row['provider']} {row['version']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _probe(rows: Sequence[Row]) -> str:
-    ours = rows[0]
-    lines = [
-        f"A linear probe with its search, {int(ours['images']):,} images × {ours['width']}, "
-        f"{ours['classes']} classes: ours in seconds, then how many times that is each other's "
-        f"time. {_stamp(ours)}",
-        "",
-        "| | time | accuracy | strength chosen |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        cells = [
-            _time(row, ours, lambda ms: f"{ms / 1e3:.3g} s"),
-            _number(row["accuracy"], "{:.2%}"),
-            _number(row["strength"], "{:.2g}"),
-        ]
-        lines.append(f"| {row['provider']} {row['version']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _time(row: Row, ours: Row, shown: Callable[[float], str]) -> str:
@@ -84,8 +86,9 @@ def _time(row: Row, ours: Row, shown: Callable[[float], str]) -> str:
     return shown(taken) if row is ours else f"{taken / float(ours['median_ms']):.3g}×"
 
 
-def _number(cell: str, pattern: str, factor: float = 1.0) -> str:
-    return pattern.format(float(cell) * factor) if cell else "–"
+def _number(name: str, pattern: str, factor: float = 1.0) -> Callable[[Row], str]:
+    """A column's cell as it is shown; "–" where a row has none."""
+    return lambda row: pattern.format(float(row[name]) * factor) if row[name] else "–"
 
 
 def _stamp(row: Row) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.blocks import fenced, rewrite
 from benchmarks.record import RESULTS, ROOT
+from fastclip.provenance import short
 
 PAGE = ROOT / "docs" / "experiments.md"
 EXPERIMENTS = RESULTS / "experiments"
@@ -44,18 +45,13 @@ def _stamp(path: Path) -> str:
         versions = about["versions"]
         text = (
             f"{about['machine']}, Python {versions['python']}, torch {versions['torch']}, commit "
-            f"{_short(about['commit'])}, {about['date'][:10]}."
+            f"{short(about['commit'])}, {about['date'][:10]}."
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say where it is from: {error!r}") from None
     if trained and trained != [about["commit"]]:
-        text += f" Its models were trained at {', '.join(map(_short, trained))}."
+        text += f" Its models were trained at {', '.join(map(short, trained))}."
     return text
-
-
-def _short(commit: str | None) -> str:
-    """A + marks files that differ from the commit."""
-    return "unknown" if commit is None else commit[:10] + "+" * commit.endswith("+")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

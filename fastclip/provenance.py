@@ -66,6 +66,11 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
     return head + ("+" if changes else "")
 
 
+def short(commit: str | None) -> str:
+    """A commit as it is shown: ten digits, "+" where files differ from it; "unknown" for None."""
+    return "unknown" if commit is None else commit[:10] + "+" * commit.endswith("+")
+
+
 def git(folder: Path, *arguments: str) -> str | None:
     """What git prints in a folder; None where it fails, takes long or is not there.
 

@@ -34,6 +34,7 @@ from fastclip.evaluate import load_trained, make_evaluator, run_config, run_fold
 from fastclip.metrics import duration
 from fastclip.models.clip import Clip
 from fastclip.ops.similarity import similarity, similarity_topk
+from fastclip.provenance import short
 from fastclip.report.learning_curve import read_lines, read_metrics
 from fastclip.report.page import (
     Confusion,
@@ -329,7 +330,8 @@ def _origin(folder: Path) -> dict[str, Any]:
         if not all(isinstance(text, str) for text in texts) or not isinstance(versions, dict):
             raise ValueError(f"{path}, line {number} describes no launch")
         begin, description, machine = map(str, texts)
-        step, commit = f"{each['step']:,}", str(each.get("commit") or "")
-        code = commit[:10] + "+" * commit.endswith("+")
+        commit = each.get("commit")
+        code = short(None if commit is None else str(commit))
+        step = f"{each['step']:,}"
         shown_launches.append((begin.replace("T", " "), step, description, machine, code))
     return {"launches": shown_launches, "versions": [(k, str(v)) for k, v in versions.items()]}
