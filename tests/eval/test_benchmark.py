@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluating import evaluator
 from fastclip.benchmark_run import Benchmark, evaluate_datasets
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval import layout
 from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark
 from fastclip.eval.datasets import paper_datasets
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.layout import find_datasets
 from fastclip.eval.prompts import fill
 from fastclip.models.clip import Clip
@@ -38,21 +38,11 @@ def _model() -> Clip:
     return Clip(dataclasses.replace(config, vision=vision, text=text)).eval()
 
 
-def _evaluator(model: Clip, runtime: Runtime) -> Evaluator:
-    return Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=32),
-        runtime=runtime,
-        batch_size=5,
-        workers=1,
-    )
-
-
 def _run(
     runtime: Runtime, root: Path, protocol: Protocol, compared: str | None = None
 ) -> list[Row]:
     rows = run_benchmark(
-        _evaluator(_model(), runtime),
+        evaluator(_model(), runtime),
         root,
         names=find_datasets(root),
         protocol=protocol,
@@ -178,7 +168,7 @@ def test_mode_and_random_numbers_are_left_alone(tmp_path: Path) -> None:
     model = _model().train()
     state = torch.get_rng_state()
     run_benchmark(
-        _evaluator(model, ALONE),
+        evaluator(model, ALONE),
         tmp_path,
         names=["mnist"],
         protocol=Protocol(),

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evaluating import evaluator
 from fastclip.data.batch import Batch
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import Sample, ShardIndex, index_shards
 from fastclip.distributed.runtime import Runtime
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features, load_features, save_features
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig
@@ -82,20 +82,9 @@ def _extract(
     runtime: Runtime, folder: Path, labels: str = "_not_black", model: Clip | None = None
 ) -> Features:
     return extract_features(
-        _evaluator(_model(_config()) if model is None else model, runtime),
+        evaluator(_model(_config()) if model is None else model, runtime, workers=2),
         index_shards(str(folder / "shards"), needs=("json",)),
         LABELS[labels],
-    )
-
-
-def _evaluator(model: Clip, runtime: Runtime, apply_orientation: bool = False) -> Evaluator:
-    return Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=32),
-        runtime=runtime,
-        batch_size=5,
-        workers=2,
-        apply_orientation=apply_orientation,
     )
 
 
@@ -186,7 +175,7 @@ class _Reversed:
 def test_any_source_of_samples(tmp_path: Path) -> None:
     write_shards(tmp_path, pairs=7)
     found = extract_features(
-        _evaluator(_model(_config()), ALONE),
+        evaluator(_model(_config()), ALONE),
         _Reversed(index_shards(str(tmp_path / "shards"))),
         _not_black,
     )
@@ -205,8 +194,8 @@ def test_images_are_turned_upright_where_the_run_turned_them(tmp_path: Path) -> 
     ):
         write_tar(tmp_path / f"{name}.tar", [("0", {"png": content, "json": b"{}"})])
         source = index_shards(str(tmp_path / f"{name}.tar"), needs=("json",))
-        evaluator = _evaluator(_model(_config()), ALONE, apply_orientation=orient)
-        found.append(extract_features(evaluator, source, _all_one).embedding)
+        upright_or_not = evaluator(_model(_config()), ALONE, apply_orientation=orient)
+        found.append(extract_features(upright_or_not, source, _all_one).embedding)
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
 

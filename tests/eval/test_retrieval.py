@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluating import evaluator
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval import retrieval as module
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.retrieval import RetrievalTask, best_ranks, retrieval
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
-from fastclip.tokenizer import Tokenizer
 from ranks import run_ranks
 from shards import write_shards
 
@@ -24,15 +23,11 @@ ALONE = Runtime.alone(torch.device("cpu"))
 def _evaluate(runtime: Runtime, folder: Path, batch_size: int) -> dict[str, float]:
     torch.manual_seed(5)
     model = Clip(preset("ViT-Nano-8")).eval()
-    evaluator = Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=32),
-        runtime=runtime,
-        batch_size=batch_size,
-        workers=1,
-    )
     with torch.no_grad():
-        return retrieval(evaluator, RetrievalTask(name="shapes", shards=str(folder / "shards")))
+        return retrieval(
+            evaluator(model, runtime, batch_size=batch_size),
+            RetrievalTask(name="shapes", shards=str(folder / "shards")),
+        )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluating import evaluator
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import fill, imagenet_templates
 from fastclip.eval.zero_shot import (
     ZeroShotTask,
@@ -55,17 +55,7 @@ def _task(folder: Path) -> ZeroShotTask:
 
 def _evaluate(runtime: Runtime, folder: Path, batch_size: int) -> dict[str, float]:
     with torch.no_grad():
-        return zero_shot(_evaluator(_model(), runtime, batch_size), _task(folder))
-
-
-def _evaluator(model: Clip, runtime: Runtime, batch_size: int) -> Evaluator:
-    return Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=32),
-        runtime=runtime,
-        batch_size=batch_size,
-        workers=1,
-    )
+        return zero_shot(evaluator(_model(), runtime, batch_size=batch_size), _task(folder))
 
 
 def _by_hand(folder: Path) -> dict[str, float]:
@@ -108,7 +98,7 @@ def test_ranks_agree_with_one_process(tmp_path: Path, world_size: int) -> None:
 
 def _classifier(runtime: Runtime, names: list[str]) -> torch.Tensor:
     with torch.no_grad():
-        return build_classifier(_evaluator(_model(), runtime, 4), names, TEMPLATES)
+        return build_classifier(evaluator(_model(), runtime, batch_size=4), names, TEMPLATES)
 
 
 def test_more_ranks_than_classes(tmp_path: Path) -> None:
@@ -127,7 +117,7 @@ def test_prompts_of_all_lengths_are_computed_once_and_without_padding() -> None:
         lambda _, arguments: computed.append(arguments[0].shape[0])
     )
     with torch.no_grad():
-        found = build_classifier(_evaluator(model, ALONE, 4), names, TEMPLATES)
+        found = build_classifier(evaluator(model, ALONE, batch_size=4), names, TEMPLATES)
         texts = [text for name in names for text in fill(TEMPLATES, name)]
         assert sum(computed) == int(tokenizer.encode_batch(texts)[1].sum())
         expected = model(tokens=tokenizer(texts)).text_features.view(5, 3, -1).mean(1)

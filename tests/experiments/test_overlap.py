@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from evaluating import evaluator
 from fastclip.distributed.runtime import initialise, shutdown
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.overlap import DuplicateSearch, OverlapAnalysis
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
 from fastclip.evaluate import load_trained
 from fastclip.experiments.overlap import add_overlap_verb, format_overlap, run_overlap
 from fastclip.provenance import commit
-from fastclip.tokenizer import Tokenizer
 from pictures import COPIES, encoded, scene
 from shards import write_tar
 from small_runs import write_run
@@ -88,13 +87,7 @@ def test_accuracy_is_that_of_the_evaluation(
     runtime = initialise("cpu")
     try:
         numbers = zero_shot(
-            Evaluator(
-                model=model,
-                tokenizer=Tokenizer(context_length=32),
-                runtime=runtime,
-                batch_size=4,
-                workers=1,
-            ),
+            evaluator(model, runtime, batch_size=4),
             task,
         )
     finally:
