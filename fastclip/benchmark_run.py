@@ -10,7 +10,8 @@ from typing import Any
 
 from fastclip.data.rewriting import check_target, write_text
 from fastclip.distributed.runtime import initialise, shutdown
-from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark, summary
+from fastclip.eval.benchmark import Protocol, Row, run_benchmark
+from fastclip.eval.benchmark_table import format_rows, summary
 from fastclip.eval.datasets import nearest, paper_results
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.few_shot import equal_shots
@@ -77,10 +78,10 @@ class Benchmark:
         An object: ``format``; ``checkpoint``, its path; ``preset``, the paper's model or null, and
         ``same_scale``; ``protocol``, the fields of `Protocol`; ``rows``, for each data set the
         fields of `Row`, where ``zero_shot`` is null or {value, low, high}, ``linear_probe`` null or
-        {value, strength, searched, …}, ``few_shot`` null or {shots: {mean, low, high, …}}, and
-        ``paper`` null or {zero_shot, linear_probe}; and ``comparable``: whether the paper's
-        zero-shot number is of the same data and architecture; and ``provenance``: commit, date,
-        machine, versions. Measures are fractions.
+        {value, strength, searched, …}, ``few_shot`` null or {shots: {mean, low, high, …}},
+        ``paper`` null or {zero_shot, linear_probe}, ``retrieval`` null or {captions: {recall: …}},
+        and ``comparable``: whether the paper's zero-shot number or recalls are of the same data and
+        architecture; and ``provenance``: commit, date, machine, versions. Measures are fractions.
         """
         content = {
             "format": FORMAT,
@@ -88,11 +89,7 @@ class Benchmark:
             "preset": self.preset,
             "same_scale": self.same_scale,
             "protocol": dataclasses.asdict(self.protocol),
-            "rows": [
-                dataclasses.asdict(row)
-                | {"comparable": row.paper is not None and not row.zero_shot_differs}
-                for row in self.rows
-            ],
+            "rows": [dataclasses.asdict(row) | {"comparable": row.comparable} for row in self.rows],
             "provenance": provenance(),
         }
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastclip.config import TrainConfig, to_dict
-from fastclip.data.index import ShardIndex
+from fastclip.data.index import ShardIndex, index_shards
 from fastclip.data.pixels import PixelReader
 from fastclip.data.rewriting import check_target, write_text
 from fastclip.data.transforms import centre_crop
@@ -23,10 +23,12 @@ from fastclip.eval.answers import answer_task
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import fill
 from fastclip.eval.retrieval import (
+    DIRECTIONS,
     RECALL_AT,
+    Pairs,
     RetrievalTask,
+    embed_images,
     embed_pairs,
-    group_captions,
     recall,
 )
 from fastclip.eval.zero_shot import ZeroShotTask
@@ -135,62 +137,56 @@ class _View:
 
     def retrieval(self, task: RetrievalTask) -> RetrievalPart:
         """Recall, finds in both directions, and the similarities of some pairs."""
-        pairs = embed_pairs(self.evaluator, task)
-        images, texts, captions = pairs.images, pairs.texts, pairs.captions
+        found_images = embed_images(self.evaluator, index_shards(task.shards, needs=()))
+        pairs = embed_pairs(self.evaluator, task, found_images)
+        images, texts, captions = pairs.images.features, pairs.texts, pairs.captions
         measured = recall(pairs, self.evaluator.runtime)
-        groups, first_rows = (x.to(images.device) for x in group_captions(captions))
-        distinct = texts[first_rows]
-        names = [captions[row] for row in first_rows.tolist()]
-        places = torch.arange(len(names), device=images.device)
-        shots = _Shots(pairs.index, pairs.numbers, self.evaluator.image_size, self.reader)
-        asked = places[:: max(1, len(names) // _GALLERY_TEXTS)][:_GALLERY_TEXTS]
+        right = set(map(tuple, pairs.right.tolist()))
+        first_image: dict[int, int] = dict(reversed(pairs.by_text().tolist()))
+        shots = _Shots(
+            pairs.images.index, pairs.images.numbers, self.evaluator.image_size, self.reader
+        )
+        asked = list(range(0, len(texts), max(1, len(texts) // _GALLERY_TEXTS)))[:_GALLERY_TEXTS]
         values, rows = similarity_topk(
-            distinct[asked], images, min(_GALLERY_IMAGES, len(images)), normalize=False
+            texts[asked], images, min(_GALLERY_IMAGES, len(images)), normalize=False
         )
         text_to_image = [
             (
-                names[place],
-                shots.found(values, rows, [int(groups[row]) == place for row in rows]),
+                captions[text],
+                shots.found(values, rows, [(row, text) in right for row in rows]),
             )
-            for place, values, rows in zip(
-                asked.tolist(), values.tolist(), rows.tolist(), strict=True
-            )
+            for text, values, rows in zip(asked, values.tolist(), rows.tolist(), strict=True)
         ]
-        shown_rows = first_rows[asked]
-        values, found = similarity_topk(
-            images[shown_rows], distinct, min(5, len(names)), normalize=False
-        )
+        shown = [first_image[text] for text in asked]
+        values, found = similarity_topk(images[shown], texts, min(5, len(texts)), normalize=False)
         image_to_text = [
             (
-                image,
+                shot,
                 [
-                    (names[place], value, place == int(groups[row]))
-                    for value, place in zip(values, places, strict=True)
+                    (captions[text], value, (image, text) in right)
+                    for value, text in zip(values, places, strict=True)
                 ],
             )
-            for image, row, values, places in zip(
-                shots.pictures(shown_rows.tolist()),
-                shown_rows.tolist(),
-                values.tolist(),
-                found.tolist(),
-                strict=True,
+            for shot, image, values, places in zip(
+                shots.pictures(shown), shown, values.tolist(), found.tolist(), strict=True
             )
         ]
-        spread = first_rows[:: max(1, len(first_rows) // _BATCH_PAIRS)][:_BATCH_PAIRS]
+        spread = range(0, len(texts), max(1, len(texts) // _BATCH_PAIRS))[:_BATCH_PAIRS]
         return RetrievalPart(
             name=task.name,
             recall=[
                 (words, [measured[f"{way}_r{k}"] for k in RECALL_AT])
-                for way, words in (
-                    ("image_to_text", "text found for an image"),
-                    ("text_to_image", "image found for a text"),
+                for way, words in zip(
+                    DIRECTIONS, ("text found for an image", "image found for a text"), strict=True
                 )
             ],
             images=len(images),
-            texts=len(names),
+            texts=len(texts),
             text_to_image=text_to_image,
             image_to_text=image_to_text,
-            similarities=_similarities(images, texts, spread, captions, shots),
+            similarities=_similarities(
+                pairs, list(spread), [first_image[t] for t in spread], shots
+            ),
         )
 
 
@@ -253,20 +249,22 @@ def _confusion_matrix(names: Sequence[str], target: Tensor, answer: Tensor) -> M
 
 
 def _similarities(
-    images: Tensor, texts: Tensor, rows: Tensor, captions: list[str], shots: _Shots
+    pairs: Pairs, texts: Sequence[int], images: Sequence[int], shots: _Shots
 ) -> Matrix | None:
-    if len(rows) < 2:
+    """Of some texts beside an image of each."""
+    if len(texts) < 2:
         return None
-    at = rows.to(images.device)
-    values = similarity(texts[at], images[at], normalize=False)
+    values = similarity(
+        pairs.texts[list(texts)], pairs.images.features[list(images)], normalize=False
+    )
     spread = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-6)
     return Matrix(
-        [captions[row] for row in rows.tolist()],
+        [pairs.captions[text] for text in texts],
         (),
         values.tolist(),
         2,
         spread.tolist(),
-        shots.pictures(rows.tolist()),
+        shots.pictures(images),
     )
 
 

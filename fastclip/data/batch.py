@@ -41,9 +41,6 @@ class Batch:
     packed: tuple[PackedTokens, ...] | None = None
     """The tokens without padding, of each micro-batch in turn."""
 
-    numbers: tuple[int, ...] = ()
-    """The samples' places in their index, in evaluation."""
-
     ready: torch.cuda.Event | None = None
     """After which images that a GPU has decoded may be used on another stream."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fastclip.data.decode import MAX_PIXELS, check_max_pixels
+from fastclip.data.reader import check_caption_key
 from fastclip.data.remote import configure
 
 Decoder = Literal["auto", "native", "pillow", "dali"]
@@ -123,10 +124,7 @@ class DataConfig:
         low, high = self.crop_scale
         if not 1e-4 <= low <= high <= 1:
             raise ValueError(f"data.crop_scale is a range in [0.0001, 1], not {self.crop_scale}")
-        if self.caption_key != "txt" and not self.caption_key.removeprefix("json:"):
-            raise ValueError("data.caption_key=json: lacks the field's name: json:caption")
-        if self.caption_key != "txt" and not self.caption_key.startswith("json:"):
-            raise ValueError(f"data.caption_key is txt or json:field, not {self.caption_key!r}")
+        check_caption_key(self.caption_key, "data.caption_key")
         if self.text not in ("packed", "trimmed", "padded"):
             raise ValueError(f"data.text is packed, trimmed or padded, not {self.text!r}")
         if self.text != "packed" and self.pack_to_multiple > 1:

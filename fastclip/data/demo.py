@@ -35,12 +35,12 @@ from fastclip.data.demo_sources import (
     read_emoji,
     stable_hash,
 )
-from fastclip.data.demo_suite import SUITE, classes, dataset
+from fastclip.data.demo_suite import classes, datasets
 from fastclip.data.shard_writer import sha256, write_shard
 
 logger = logging.getLogger("fastclip")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HELD_OUT_STYLES = ("fluent-emoji-flat", "fxemoji", "flagpack")
 TRAIN_DIGITS_PER_CLASS = 100
 SAMPLES_PER_SHARD = 2048
@@ -106,8 +106,8 @@ def build_demo(directory: Path, *, size: int = 80, full: bool = False) -> None:
         counts[split] = _write_split(building / split, members, label_ids, size)
     for name, content in classes(read_emoji(downloads), everything).items():
         _write_json(building / "classes" / f"{name}.json", content)
-    for suite_set in SUITE:
-        _write_json(building / "suite" / suite_set.name / "dataset.json", dataset(suite_set))
+    for name, content in datasets(full=full).items():
+        _write_json(building / "suite" / name / "dataset.json", content)
     (building / "SOURCES.md").write_text(_sources(everything), encoding="utf-8")
     files = sorted(path for path in building.rglob("*") if path.is_file())
     sums = {path.relative_to(building).as_posix(): sha256(path) for path in files}

@@ -1,7 +1,7 @@
 """The demo's evaluation sets: the names of their classes, and how each is to be evaluated.
 
 Every set is a folder of ``suite/`` with a dataset.json, the format in which
-``fastclip eval --datasets`` takes any labelled set: paths are relative to that file.
+``fastclip eval --datasets`` takes any data set: paths are relative to that file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fastclip.data.demo_debian import LANGUAGES
 from fastclip.data.demo_rendered import SENTIMENTS, WORDS
 from fastclip.data.demo_sources import DIGIT_WORDS, FOODS, Emoji, Picture, country_names
 
@@ -93,8 +94,32 @@ SUITE = (
 )
 
 
-def dataset(suite_set: SuiteSet) -> dict[str, Any]:
-    """The content of a set's dataset.json."""
+CAPTIONED: dict[str, dict[str, Any]] = {
+    "unseen-captions": {
+        "title": "Captions that are not trained on",
+        "captions": "txt",
+        "splits": {"test": "../../test-captions"},
+        "note": "of drawings in styles that are trained on",
+    },
+}
+"""The content of each captioned set's dataset.json."""
+
+TUX_PAINT: dict[str, Any] = {
+    "title": "Tux Paint's stamps",
+    "captions": {"en": "txt", **{name: f"json:caption_{name}" for name in LANGUAGES}},
+    "splits": {"test": "../../test-tux-paint"},
+    "note": "photographs and drawings, named in twenty languages; training is in English",
+}
+"""As above, of the set that only the full demo has."""
+
+
+def datasets(*, full: bool) -> dict[str, dict[str, Any]]:
+    """The content of each set's dataset.json, by the set's name."""
+    captioned = {**CAPTIONED, "tux-paint": TUX_PAINT} if full else CAPTIONED
+    return {each.name: _labelled(each) for each in SUITE} | captioned
+
+
+def _labelled(suite_set: SuiteSet) -> dict[str, Any]:
     return {
         "title": suite_set.title,
         "metric": "accuracy",

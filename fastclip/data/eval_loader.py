@@ -7,12 +7,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastclip.data.batch import Batch
 from fastclip.data.decode import BadSampleError
 from fastclip.data.decoders import ImageDecoder, build_decoder
 from fastclip.data.index import Sample
@@ -20,7 +21,6 @@ from fastclip.data.quarantine import Quarantine
 from fastclip.data.reader import Members
 from fastclip.data.remote import stop_with
 from fastclip.data.transforms import centre_crop
-from fastclip.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastclip")
 
@@ -33,18 +33,36 @@ class SampleSource(Protocol):
     def __getitem__(self, number: int, /) -> Sample: ...
 
 
+@dataclass(frozen=True)
+class EvalBatch:
+    """Samples of one rank that could be read."""
+
+    images: Tensor
+    """uint8 [B, 3, R, R], RGB; the model normalises them on its device."""
+
+    keys: tuple[str, ...]
+    """Names of the samples."""
+
+    metadata: tuple[dict[str, Any], ...]
+    """Their json members; empty where there is none."""
+
+    numbers: tuple[int, ...]
+    """Their places in the index."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+
 def eval_batches(
     index: SampleSource,
     *,
     image_size: int,
-    tokenizer: Tokenizer,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
-    caption_key: str | None = "txt",
     apply_orientation: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[EvalBatch]:
     """This rank's share of the samples, once.
 
     Every rank gives the same number of batches, the last ones perhaps small or empty, so that
@@ -53,8 +71,6 @@ def eval_batches(
 
     Args:
         index: from `index_shards` or `index_folder`.
-        caption_key: as in `DataConfig`; None for images without captions (tokens are then empty
-            texts).
         apply_orientation: as in `DataConfig`.
     """
     bad = Quarantine()
@@ -63,15 +79,11 @@ def eval_batches(
     firsts = range(rank * batch_size, -(-len(index) // share) * share, share)
     stop = threading.Event()
     with ThreadPoolExecutor(workers, "fastclip-eval", stop_with, (stop,)) as pool:
-        queue: deque[Future[Batch]] = deque()
+        queue: deque[Future[EvalBatch]] = deque()
         try:
             for first in firsts:
                 numbers = range(min(first, len(index)), min(first + batch_size, len(index)))
-                queue.append(
-                    pool.submit(
-                        _build, index, numbers, image_size, tokenizer, caption_key, bad, decoder
-                    )
-                )
+                queue.append(pool.submit(_build, index, numbers, image_size, bad, decoder))
                 if len(queue) > workers + 1:
                     yield queue.popleft().result()
             while queue:
@@ -86,41 +98,28 @@ def _build(
     index: SampleSource,
     numbers: range,
     image_size: int,
-    tokenizer: Tokenizer,
-    caption_key: str | None,
     bad: Quarantine,
     decoder: ImageDecoder,
-) -> Batch:
+) -> EvalBatch:
     images = np.empty((len(numbers), image_size, image_size, 3), np.uint8)
-    captions, keys, places = [], [], []
+    keys, places = [], []
     metadata: list[dict[str, Any]] = []
     for number in numbers:
         sample = index[number]
         try:
             members = Members(sample)
-            caption = "" if caption_key is None else members.captions(caption_key)[0]
             about = members.metadata()
             image = decoder.open(members.image)
             decoder.decode(image, centre_crop(*image.size), images[len(keys)])
         except BadSampleError as error:
             bad.bad(sample, error)
             continue
-        captions.append(caption)
         metadata.append(about)
         keys.append(sample.key)
         places.append(number)
-    width = tokenizer.context_length
-    tokens = torch.zeros((0, width), dtype=torch.int32)
-    lengths = torch.zeros((0,), dtype=torch.int32)
-    if captions:
-        tokens, lengths = tokenizer.encode_batch(captions)
-    return Batch(
+    return EvalBatch(
         images=torch.from_numpy(images[: len(keys)]).permute(0, 3, 1, 2),
-        tokens=tokens,
-        lengths=lengths,
-        ids=None,
         keys=tuple(keys),
-        captions=tuple(captions),
         metadata=tuple(metadata),
         numbers=tuple(places),
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import index_shards
 from fastclip.data.phrases import can_occur, words
-from fastclip.data.reader import Members
+from fastclip.data.reader import Members, check_caption_key
 
 logger = logging.getLogger("fastclip")
 
@@ -71,8 +71,7 @@ def build_queries(
         raise ValueError("queries are made from WordNet, a corpus or titles: name one of them")
     if not math.isfinite(pmi) or abs(pmi) > 1000:
         raise ValueError(f"pmi is a number of bits, not {pmi}")
-    if caption_key != "txt" and not caption_key.startswith("json:"):
-        raise ValueError(f"caption_key is txt or json:field, not {caption_key!r}")
+    check_caption_key(caption_key, "caption_key")
     if maximum < 1:
         raise ValueError(f"maximum is a positive number of queries, not {maximum}")
     queries = dict.fromkeys(map(str, range(100)))

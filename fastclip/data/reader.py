@@ -18,6 +18,21 @@ WHOLE_FILE = 0
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 
 
+def check_caption_key(key: str, name: str) -> None:
+    """Whether `key` says where captions are: "txt" or "json:field".
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if key == "json:":
+        raise ValueError(f"{name}=json: lacks the field's name: json:caption")
+    if key != "txt" and not key.startswith("json:"):
+        raise ValueError(f"{name} is txt or json:field, not {key!r}")
+
+
 class Members:
     """The members of one sample, read from its shard, or an image that is a file of its own.
 

@@ -1,7 +1,7 @@
-"""A model on many labelled data sets, beside the paper's numbers (arXiv 2103.00020, section 3).
+"""A model on many data sets, beside the paper's numbers (arXiv 2103.00020, section 3).
 
-Zero-shot, linear probes and few-shot probes. A data set that fails is a row with the reason; the
-others go on.
+Zero-shot, linear probes and few-shot probes of labelled ones, retrieval of captioned ones. A data
+set that fails is a row with the reason; the others go on.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from fastclip.distributed.collectives import all_gather_objects
-from fastclip.eval.datasets import PaperResult, paper_results
+from fastclip.eval.captioned import CaptionedDataset
+from fastclip.eval.datasets import PaperResult, paper_results, paper_retrieval
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features
 from fastclip.eval.few_shot import FewShotResult, few_shot
 from fastclip.eval.layout import LabelledDataset, Split, open_dataset
 from fastclip.eval.linear_probe import ProbeResult, linear_probe
 from fastclip.eval.measures import TOP5
-from fastclip.eval.table import columns
+from fastclip.eval.retrieval import DIRECTIONS, embed_images, embed_pairs, recall
 from fastclip.eval.zero_shot import build_classifier
 from fastclip.ops.similarity import similarity
 
@@ -103,12 +104,27 @@ class Row:
     linear_probe_differs: tuple[str, ...] = ()
     """As above, of the linear probe's."""
 
+    retrieval: dict[str, dict[str, float]] | None = None
+    """Of a captioned data set, what `recall` gives, by the name of the captions."""
+
+    paper_retrieval: dict[str, float] | None = None
+    """The recalls of the model compared with, with English captions."""
+
+    retrieval_differs: tuple[str, ...] = ()
+    """As above, of retrieval's."""
+
     note: str = ""
 
     failures: list[str] = field(default_factory=list)
     """What could not be done, and why."""
 
     seconds: float = 0.0
+
+    @property
+    def comparable(self) -> bool:
+        """Whether zero-shot or recalls stand beside the paper's of the same data and scale."""
+        zero_shot = self.paper is not None and not self.zero_shot_differs
+        return zero_shot or (self.paper_retrieval is not None and not self.retrieval_differs)
 
 
 def run_benchmark(
@@ -144,16 +160,19 @@ def run_benchmark(
                     _fail(row, "", error)
                 row.seconds = time.perf_counter() - begin
                 rows.append(row)
-                logger.info(
-                    "%s: %s images, zero-shot %s, %.1f s",
-                    name,
-                    f"{row.images:,}",
-                    _per_cent(None if row.zero_shot is None else row.zero_shot.value),
-                    row.seconds,
-                )
+                images = f"{row.images:,} images"
+                logger.info("%s: %s, %s, %.1f s", name, images, _outcome(row), row.seconds)
     finally:
         model.train(training)
     return rows
+
+
+def _outcome(row: Row) -> str:
+    if row.retrieval is not None:
+        first = next(iter(row.retrieval.values()))
+        found = [f"{way.replace('_', ' ')} R@1 {first[f'{way}_r1']:.1%}" for way in DIRECTIONS]
+        return ", ".join(found)
+    return "no result" if row.zero_shot is None else f"zero-shot {row.zero_shot.value:.1%}"
 
 
 def _features(evaluator: Evaluator, split: Split) -> Features:
@@ -173,6 +192,9 @@ def _fill(
     same_scale: bool,
 ) -> None:
     dataset = _same_everywhere(lambda: open_dataset(root, row.dataset, protocol.splits))
+    if isinstance(dataset, CaptionedDataset):
+        _retrieve(row, evaluator, dataset, preset, same_scale)
+        return
     row.title, row.metric = dataset.title, dataset.metric.title
     row.classes, row.note = len(dataset.classes), dataset.note
     test = _features(evaluator, dataset.splits["test"])
@@ -189,11 +211,40 @@ def _fill(
     _probe(row, evaluator, protocol, dataset, test)
     if preset is not None and dataset.paper is not None:
         row.paper = paper_results()[preset][dataset.paper.name]
-        scale = () if same_scale else (f"scale: this model is no {preset}",)
+        scale = _scale_differs(preset, same_scale)
         row.zero_shot_differs = (*_differences(row, dataset, False), *scale)
         row.linear_probe_differs = (*_differences(row, dataset, True), *scale)
     if differs := _differences(row, dataset, False):
         logger.warning("%s is not quite the paper's: %s", row.dataset, "; ".join(differs))
+
+
+def _scale_differs(preset: str, same_scale: bool) -> tuple[str, ...]:
+    return () if same_scale else (f"scale: this model is no {preset}",)
+
+
+def _retrieve(
+    row: Row, evaluator: Evaluator, dataset: CaptionedDataset, preset: str | None, same_scale: bool
+) -> None:
+    """Recall with each of the captions."""
+    row.title, row.note, row.metric = dataset.title, dataset.note, "recall"
+    if evaluator.runtime.is_main:
+        dataset.source.log_problems()
+    images = embed_images(evaluator, dataset.source)
+    row.images = len(images.numbers)
+    row.left_out = len(dataset.source) - row.images + len(dataset.source.problems)
+    row.retrieval = {
+        name: recall(embed_pairs(evaluator, task, images), evaluator.runtime)
+        for name, task in dataset.tasks.items()
+    }
+    if preset is None:
+        return
+    paper = paper_retrieval().get(preset, {}).get(dataset.name)
+    if paper is not None:
+        row.paper_retrieval = paper
+        data = () if row.images == paper["images"] else (
+            f"data: {row.images:,} test images, the paper's {paper['images']:,.0f}",
+        )  # fmt: skip
+        row.retrieval_differs = (*data, *_scale_differs(preset, same_scale))
 
 
 def _probe(
@@ -236,7 +287,9 @@ def _fail(row: Row, what: str, error: Failure) -> None:
     logger.warning("%s failed: %s%s", row.dataset, what, error)
 
 
-def _same_everywhere(open_it: Callable[[], LabelledDataset]) -> LabelledDataset:
+def _same_everywhere(
+    open_it: Callable[[], LabelledDataset | CaptionedDataset],
+) -> LabelledDataset | CaptionedDataset:
     """Its result, or on every rank the first error of any: others must not wait for this one."""
     problem: Failure | None = None
     dataset = None
@@ -270,75 +323,3 @@ def _differences(row: Row, dataset: LabelledDataset, probe: bool) -> tuple[str, 
     if dataset.metric is not paper.metric:
         found.append(f"measure: {dataset.metric.title}, the paper's {paper.metric.title}")
     return tuple(found)
-
-
-def format_rows(rows: Sequence[Row], preset: str | None) -> str:
-    """The results as a table in per cent, the paper's beside them, and what to know of them.
-
-    "≠ data", "≠ scale", "≠ measure" mark numbers of the paper that are of something else, – what
-    was not measured or is not known.
-    """
-    shots = sorted({k for row in rows for k in row.few_shot or ()})
-    heads = ["data set", "images", "classes", "measure", "zero-shot", "95 %", "top-5"]
-    heads += ["probe", *(f"{k}-shot" for k in shots)]
-    if preset is not None:
-        heads += [f"{preset}: zero-shot", "", "probe", ""]
-    table = [heads]
-    for row in rows:
-        zero, probe = row.zero_shot, row.linear_probe
-        cells = [
-            row.dataset,
-            f"{row.images:,}" if row.images else "–",
-            f"{row.classes:,}" if row.classes else "–",
-            row.metric or "–",
-            _per_cent(None if zero is None else zero.value),
-            "–" if zero is None else f"{100 * zero.low:.1f}–{100 * zero.high:.1f}",
-            _per_cent(row.top5),
-            _per_cent(None if probe is None else probe.value),
-            *(_per_cent(row.few_shot[k].mean if row.few_shot else None) for k in shots),
-        ]
-        if preset is not None:
-            paper = row.paper
-            cells += [
-                _per_cent(None if paper is None else paper.zero_shot),
-                _marks(row.zero_shot_differs),
-                _per_cent(None if paper is None else paper.linear_probe),
-                _marks(row.linear_probe_differs) if probe is not None else "",
-            ]
-        table.append(cells)
-    lines = [columns(table)]
-    lines += [f"{row.dataset}: {differs}" for row in rows for differs in _all_differences(row)]
-    lines += [
-        f"{row.dataset}: {row.left_out:,} of the test split left out"
-        for row in rows
-        if row.left_out
-    ]
-    lines += [f"{row.dataset} failed: {failure}" for row in rows for failure in row.failures]
-    if any(row.paper is not None for row in rows):
-        lines.append(
-            "The paper's numbers (arXiv 2103.00020, Tables 10 and 11) are of its own training data "
-            "and, except on ImageNet, its own prompts."
-        )
-    return "\n".join(lines)
-
-
-def _all_differences(row: Row) -> list[str]:
-    probe = row.linear_probe_differs if row.linear_probe is not None else ()
-    return list(dict.fromkeys((*row.zero_shot_differs, *probe)))
-
-
-def _marks(differs: Sequence[str]) -> str:
-    kinds = dict.fromkeys(each.partition(":")[0] for each in differs)
-    return "≠ " + ", ".join(kinds) if kinds else ""
-
-
-def _per_cent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """One line: how many data sets, their mean, how many failed."""
-    values = [row.zero_shot.value for row in rows if row.zero_shot is not None]
-    failed = sum(bool(row.failures) for row in rows)
-    mean = f", zero-shot {sum(values) / len(values):.1%} on average" if values else ""
-    return f"{len(rows)} data set(s){mean}, {failed} failed"

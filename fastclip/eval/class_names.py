@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.data.batch import Batch
+from fastclip.data.eval_loader import EvalBatch
 from fastclip.eval.zero_shot import check_names
 
 DEFAULT_FIELD = "label"
@@ -47,7 +47,7 @@ class Labels:
     where: str
     """Named in errors."""
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: EvalBatch) -> tuple[Tensor, Tensor]:
         """Labels of the kept rows, int64 [K] or bool [K, C], and which these are, bool [B].
 
         Raises:

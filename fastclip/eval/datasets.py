@@ -18,6 +18,7 @@ from typing import Any
 
 from fastclip.eval.measures import METRICS, Metric
 from fastclip.eval.prompts import imagenet_templates
+from fastclip.eval.retrieval import DIRECTIONS, RECALL_AT
 from fastclip.eval.table import columns
 
 
@@ -97,6 +98,29 @@ def paper_results() -> dict[str, dict[str, PaperResult]]:
     }
 
 
+@cache
+def paper_retrieval() -> dict[str, dict[str, dict[str, float]]]:
+    """The paper's recalls (Table 13) by preset, then by data set, named as `retrieval` names them.
+
+    Texts were asked with the template "a photo of {}".
+    """
+    return {
+        preset: {
+            name: {
+                "images": float(recalls["images"]),
+                "texts": float(recalls["texts"]),
+                **{
+                    f"{way}_r{k}": value / 100
+                    for way in DIRECTIONS
+                    for k, value in zip(RECALL_AT, recalls[way], strict=True)
+                },
+            }
+            for name, recalls in found.items()
+        }
+        for preset, found in _read("paper_results.json")["retrieval"].items()
+    }
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Text " (did you mean …?)" for a name that is not among those known, or nothing."""
     near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
@@ -116,6 +140,11 @@ ROOT/NAME/dataset.json, where there is one, describes any data set of your own:
   {"title": "...", "metric": "accuracy", "templates": ["a photo of a {}."],
    "classes": "classes.json", "label_field": "label", "splits": {"train": "train", "test": "test"},
    "unlabelled": "refuse", "paper": "food101", "note": "..."}
+or a captioned one, for retrieval, whose test/ holds shards:
+  {"title": "...", "captions": {"en": "txt", "de": "json:caption_de"}, "note": "..."}
+where each text of a json member's list is a caption; of a text with several, one on each line,
+"caption_lines": true says so. "captions": "txt" is enough where there is one kind. Sets named
+flickr30k and mscoco are set beside the paper's; its texts have "templates": ["a photo of {}"].
 """
 
 

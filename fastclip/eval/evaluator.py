@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import SampleSource, eval_batches
+from fastclip.data.eval_loader import EvalBatch, SampleSource, eval_batches
 from fastclip.distributed.runtime import Runtime
 from fastclip.models.clip import Clip
 from fastclip.tokenizer import Tokenizer
@@ -40,20 +39,18 @@ class Evaluator:
         """Pixels along an edge of the model's images."""
         return self.model.config.vision.image_size
 
-    def batches(self, source: SampleSource, *, caption_key: str | None = None) -> Iterator[Batch]:
-        """This rank's share of the samples, once; see `eval_batches`. Without captions for None."""
+    def batches(self, source: SampleSource) -> Iterator[EvalBatch]:
+        """This rank's share of the samples, once; see `eval_batches`."""
         return eval_batches(
             source,
             image_size=self.image_size,
-            tokenizer=self.tokenizer,
             batch_size=self.batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             workers=self.workers,
-            caption_key=caption_key,
             apply_orientation=self.apply_orientation,
         )
 
-    def image_features(self, batch: Batch) -> Tensor:
+    def image_features(self, batch: EvalBatch) -> Tensor:
         """Of unit length, fp32 [B, D], on the runtime's device."""
         return self.model(images=batch.images.to(self.runtime.device)).image_features

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import SampleSource
+from fastclip.data.eval_loader import EvalBatch, SampleSource
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.eval.evaluator import Evaluator
 
@@ -82,7 +81,7 @@ class Features:
 def extract_features(
     evaluator: Evaluator,
     source: SampleSource,
-    label_of: Callable[[Batch], tuple[Tensor, Tensor]],
+    label_of: Callable[[EvalBatch], tuple[Tensor, Tensor]],
 ) -> Features:
     """Features of every image of `source`, in its order; collective, the same on every rank.
 
@@ -149,7 +148,7 @@ def extract_features(
     )
 
 
-def _checked_labels(batch: Batch, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_labels(batch: EvalBatch, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     if kept.shape != (len(batch),) or kept.dtype != torch.bool or len(labels) != int(kept.sum()):
         raise ValueError(
             f"label_of gives labels of the kept rows and a bool mask of all {len(batch)} rows, not "

@@ -1,4 +1,4 @@
-"""Labelled data sets in folders: splits of class folders or of shards; see `LAYOUT`."""
+"""Data sets in folders: splits of class folders, or of shards with labels or captions; `LAYOUT`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from fastclip.data.image_folder import FolderIndex, index_folder
 from fastclip.data.index import ShardIndex, index_shards
+from fastclip.eval.captioned import CaptionedDataset, check_captioned, open_captioned
 from fastclip.eval.class_names import (
     DEFAULT_FIELD,
     ClassNames,
@@ -32,7 +33,7 @@ _DESCRIPTION = "dataset.json"
 _DEFAULT_TEMPLATES = ("a photo of a {}.",)
 _FIELDS = (
     "title", "metric", "templates", "classes", "label_field", "splits", "unlabelled", "paper",
-    "note",
+    "note", "captions", "caption_lines",
 )  # fmt: skip
 
 
@@ -100,11 +101,14 @@ def find_datasets(root: Path, names: Sequence[str] | None = None) -> list[str]:
     return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def open_dataset(root: Path, name: str, splits: Collection[str] = SPLITS) -> LabelledDataset:
+def open_dataset(
+    root: Path, name: str, splits: Collection[str] = SPLITS
+) -> LabelledDataset | CaptionedDataset:
     """The data set in the folder `name` of `root`.
 
     Args:
-        splits: those whose images are to be found; others are not looked through.
+        splits: those whose images are to be found; others are not looked through. Of a captioned
+            data set there is one, test.
 
     Raises:
         FileNotFoundError: there is no such folder, no test split, or a file that is named is
@@ -119,6 +123,10 @@ def open_dataset(root: Path, name: str, splits: Collection[str] = SPLITS) -> Lab
         raise FileNotFoundError(f"there is no folder {folder}{nearest(name, known)}")
     described = (folder / _DESCRIPTION).is_file()
     about = _read_description(folder / _DESCRIPTION) if described else {}
+    if "captions" in about:
+        place = _places(folder, about.get("splits"))["test"]
+        _check_shards(place)
+        return open_captioned(folder, about, place)
     paper = _paper(folder, about.get("paper", name if name in paper_datasets() else None))
     if paper is None and not described:
         raise ValueError(
@@ -174,6 +182,10 @@ def _read_description(path: Path) -> dict[str, Any]:
         if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
             raise ValueError(f"{path}: templates are a list of texts, or imagenet")
         check_templates(templates, f"{path}: templates")
+    if "captions" in content:
+        check_captioned(content, path)
+    elif "caption_lines" in content:
+        raise ValueError(f"{path}: caption_lines goes with captions, and there are none")
     return content
 
 

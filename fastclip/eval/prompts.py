@@ -25,4 +25,4 @@ def check_templates(templates: Sequence[str], field: str) -> None:
         raise ValueError(f"{field} is empty; the plainest list is '{{}}' alone")
     for template in templates:
         if template.count("{}") != 1:
-            raise ValueError(f"{field}: {template!r} does not hold exactly one {{}} for the class")
+            raise ValueError(f"{field}: {template!r} does not hold exactly one {{}}")

@@ -1,33 +1,48 @@
-"""Retrieval: the right text among all texts of a set, the right image among all its images."""
+"""Retrieval: the right text among all texts of a set, the right image among all its images.
+
+As in arXiv 2103.00020, Table 13: an image may have several captions (five in Flickr30k and COCO).
+For an image each of them is right, and each of them is asked with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastclip.data.index import (
-    CAPTION_EXTENSION,
-    METADATA_EXTENSION,
-    ShardIndex,
-    index_shards,
-)
+from fastclip.data.decode import BadSampleError
+from fastclip.data.index import ShardIndex, index_shards
+from fastclip.data.quarantine import Quarantine
+from fastclip.data.reader import Members, caption_id, check_caption_key
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.evaluator import Evaluator
+from fastclip.eval.prompts import check_templates, fill
+from fastclip.eval.texts import text_features
 from fastclip.ops.similarity import similarity
 
+logger = logging.getLogger("fastclip")
+
 RECALL_AT = (1, 5, 10)
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+RECALL_HEADS = (
+    *("images", "texts"),
+    *(f"{found} R@{k}" for found in ("text", "image") for k in RECALL_AT),
+)
+"""Of a table's columns that `recall_cells` fills."""
 
 _CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTask:
-    """Pairs that are to be found again."""
+    """Images and captions that are to find each other again."""
 
     name: str
     """Short name, the key of the results."""
@@ -36,14 +51,28 @@ class RetrievalTask:
     """Shards with images and captions; see `expand_shards`."""
 
     caption_key: str = "txt"
-    """Where the caption is, as in `DataConfig`."""
+    """Where the captions are, as in `DataConfig`; each text of a list is one."""
+
+    caption_lines: bool = False
+    """Whether each line of a text is a caption of its own."""
+
+    template: str = "{}"
+    """What texts are asked with, {} for the caption; the paper has "a photo of {}"."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise ValueError(f"a retrieval task's name is not empty and has no /: {self.name!r}")
+        check_caption_key(self.caption_key, f"caption_key of retrieval task {self.name}")
+        check_templates([self.template], f"template of retrieval task {self.name}")
+
+    def captions(self, texts: Sequence[str]) -> list[str]:
+        """The captions in a sample's texts."""
+        if not self.caption_lines:
+            return list(texts)
+        return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor, groups: Tensor) -> Tensor:
+def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
     """For each query, how many wrong candidates score at least as high as its best right one.
 
     The score matrix is never whole in memory.
@@ -51,120 +80,172 @@ def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor, groups: Tenso
     Args:
         queries: [Q, D] unit-length features.
         candidates: [N, D] unit-length features.
-        right: int64 [Q], the group whose candidates are right for a query.
-        groups: int64 [N], the candidates' groups.
+        right: int64 [P, 2], each query with each candidate that is right for it; ordered by query.
 
     Returns:
         int64 [Q]; ties count against the model, and a score that is not a number is never right.
     """
     ranks = [torch.zeros(0, dtype=torch.int64, device=queries.device)]
     rows = max(1, _CHUNK_SCORES // max(len(candidates), 1))
-    for begin in range(0, len(queries), rows):
+    begins = torch.arange(0, len(queries) + rows, rows, device=right.device)
+    bounds = torch.searchsorted(right[:, 0].contiguous(), begins).tolist()
+    for chunk, begin in enumerate(range(0, len(queries), rows)):
         scores = similarity(queries[begin : begin + rows], candidates, normalize=False)
-        is_right = right[begin : begin + rows, None] == groups
+        query, candidate = right[bounds[chunk] : bounds[chunk + 1]].unbind(1)
+        is_right = torch.zeros_like(scores, dtype=torch.bool)
+        is_right[query - begin, candidate] = True
         best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append((~(scores < best) & ~is_right).sum(dim=1))
     return torch.cat(ranks)
 
 
-def group_captions(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Each pair's text, where equal captions are one text.
-
-    Returns:
-        groups: int64 [N], a text's place among the different captions, first come first.
-        first_rows: int64 [texts], the first pair of each.
-    """
-    places: dict[str, int] = {}
-    first_rows = []
-    groups = torch.empty(len(captions), dtype=torch.int64)
-    for row, caption in enumerate(captions):
-        if caption not in places:
-            places[caption] = len(places)
-            first_rows.append(row)
-        groups[row] = places[caption]
-    return groups, torch.tensor(first_rows, dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Features of a task's pairs; on every rank all of them, in the order of the ranks' shares."""
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """The images of an index that could be used, the same on every rank."""
 
     index: ShardIndex
-    images: Tensor
-    """fp32 [N, D], of unit length."""
 
-    texts: Tensor
-    """fp32 [N, D], of unit length."""
+    numbers: Sequence[int]
+    """Their places in the index."""
+
+    features: Tensor
+    """fp32 [I, D], of unit length, on the runtime's device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """A task's images and texts, the same on every rank."""
+
+    images: Images
 
     captions: list[str]
-    numbers: list[int]
-    """Places in the index."""
+    """The different ones, first come first."""
+
+    texts: Tensor
+    """fp32 [T, D], of the captions, of unit length, on the runtime's device."""
+
+    right: Tensor
+    """int64 [P, 2] on that device, each image with each of its captions; ordered by image."""
+
+    def by_text(self) -> Tensor:
+        """int64 [P, 2], each caption with each of its images; ordered by caption."""
+        return self.right.flip(1)[self.right[:, 1].argsort(stable=True)]
 
 
-def embed_pairs(evaluator: Evaluator, task: RetrievalTask) -> Pairs:
-    """The features that pairs are to be found again by; collective.
+def embed_images(evaluator: Evaluator, index: ShardIndex) -> Images:
+    """The features that images are to be found by; collective."""
+    parts = []
+    numbers: list[int] = []
+    for batch in evaluator.batches(index):
+        parts.append(evaluator.image_features(batch))
+        numbers += batch.numbers
+    everyone = all_gather_objects(numbers)
+    features = all_gather_rows(torch.cat(parts), [len(own) for own in everyone])
+    return Images(
+        index=index, numbers=[number for own in everyone for number in own], features=features
+    )
+
+
+def embed_pairs(evaluator: Evaluator, task: RetrievalTask, images: Images) -> Pairs:
+    """The features that images and texts are to find each other by; collective.
+
+    Captions that differ in case and spacing alone are one text, and computed once: to the model
+    they are the same. An image without a caption is counted and left out.
 
     Raises:
-        ValueError: no pair could be read, or see `index_shards`.
+        ValueError: no image has a caption.
     """
-    need = CAPTION_EXTENSION if task.caption_key == "txt" else METADATA_EXTENSION
-    index = index_shards(task.shards, needs=(need,))
-    image_parts, text_parts = [], []
-    captions: list[str] = []
-    numbers: list[int] = []
-    device = evaluator.runtime.device
-    for batch in evaluator.batches(index, caption_key=task.caption_key):
-        output = evaluator.model(images=batch.images.to(device), tokens=batch.tokens.to(device))
-        image_parts.append(output.image_features)
-        text_parts.append(output.text_features)
-        captions.extend(batch.captions)
-        numbers.extend(batch.numbers)
-    everyone: list[tuple[list[str], list[int]]] = all_gather_objects((captions, numbers))
-    sizes = [len(own) for own, _ in everyone]
-    if not sum(sizes):
+    everyone = _read_captions(evaluator.runtime, task, images)
+    captioned = [row for row, captions in enumerate(everyone) if captions]
+    if not captioned:
         raise ValueError(
-            f"retrieval task {task.name}: no pair of {shown(task.shards)} could be read"
+            f"retrieval task {task.name}: no image of {shown(task.shards)} could be read and has a "
+            f"caption under {task.caption_key}"
         )
+    places: dict[int, int] = {}
+    distinct: list[str] = []
+    right: dict[tuple[int, int], None] = {}  # a set in order
+    for image, row in enumerate(captioned):
+        for caption in everyone[row]:
+            place = places.setdefault(caption_id(caption), len(distinct))
+            if place == len(distinct):
+                distinct.append(caption)
+            right[image, place] = None
     return Pairs(
-        index,
-        all_gather_rows(torch.cat(image_parts), sizes),
-        all_gather_rows(torch.cat(text_parts), sizes),
-        [caption for own, _ in everyone for caption in own],
-        [number for _, own in everyone for number in own],
+        images=Images(
+            index=images.index,
+            numbers=[images.numbers[row] for row in captioned],
+            features=images.features[captioned],
+        ),
+        captions=distinct,
+        texts=text_features(evaluator, [fill([task.template], each)[0] for each in distinct]),
+        right=torch.tensor(list(right), dtype=torch.int64, device=evaluator.runtime.device),
     )
+
+
+def _read_captions(runtime: Runtime, task: RetrievalTask, images: Images) -> list[list[str]]:
+    """The captions of each image, none where there is none that can be used."""
+    bad = Quarantine()
+    own: list[list[str]] = []
+    for number in images.numbers[runtime.rank :: runtime.world_size]:
+        sample = images.index[number]
+        try:
+            texts = Members(replace(sample, image=(-1, 0))).captions(task.caption_key)
+        except BadSampleError as error:
+            bad.bad(sample, error)
+            texts = []
+        own.append(task.captions(texts))
+    if bad.total:
+        logger.warning("evaluation left out %d sample(s): %s", bad.total, dict(bad.counts))
+    found: list[list[str]] = [[] for _ in images.numbers]
+    for rank, part in enumerate(all_gather_objects(own)):
+        found[rank :: runtime.world_size] = part
+    return found
 
 
 def recall(pairs: Pairs, runtime: Runtime) -> dict[str, float]:
     """What `retrieval` returns, of these pairs; collective."""
-    images, texts = pairs.images, pairs.texts
-    groups, first_rows = (x.to(images.device) for x in group_captions(pairs.captions))
-    distinct = texts[first_rows]
-    text_groups = torch.arange(len(distinct), device=texts.device)
-
-    # Each rank asks its share of the questions.
-    def mine(x: Tensor) -> Tensor:
-        return x[runtime.rank :: runtime.world_size]
-
-    image_ranks = best_ranks(mine(images), distinct, mine(groups), text_groups)
-    text_ranks = best_ranks(mine(distinct), images, mine(text_groups), groups)
-    hits = [[int((ranks < k).sum()) for k in RECALL_AT] for ranks in (image_ranks, text_ranks)]
+    asked = (
+        (pairs.images.features, pairs.texts, pairs.right),
+        (pairs.texts, pairs.images.features, pairs.by_text()),
+    )
+    hits = []
+    for queries, candidates, right in asked:  # each rank asks its share of the questions
+        own = right[right[:, 0] % runtime.world_size == runtime.rank]
+        own = torch.stack([own[:, 0] // runtime.world_size, own[:, 1]], dim=1)
+        ranks = best_ranks(queries[runtime.rank :: runtime.world_size], candidates, own)
+        hits.append([int((ranks < k).sum()) for k in RECALL_AT])
     everyone = all_gather_objects(hits)
-    result: dict[str, float] = {}
-    directions = (("image_to_text", len(images)), ("text_to_image", len(distinct)))
-    for direction, (name, total) in enumerate(directions):
-        for place, k in enumerate(RECALL_AT):
-            result[f"{name}_r{k}"] = sum(hit[direction][place] for hit in everyone) / total
-    return {**result, "images": float(len(images)), "texts": float(len(distinct))}
+    counts = {"images": len(pairs.images.features), "texts": len(pairs.texts)}
+    result = {
+        f"{name}_r{k}": sum(hit[direction][place] for hit in everyone) / total
+        for direction, (name, total) in enumerate(zip(DIRECTIONS, counts.values(), strict=True))
+        for place, k in enumerate(RECALL_AT)
+    }
+    return {**result, **{name: float(count) for name, count in counts.items()}}
 
 
 def retrieval(evaluator: Evaluator, task: RetrievalTask) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions; collective, the same result on every rank.
 
-    Equal captions are one text: any of its images is right for it, and it is right for each of
-    them.
+    A question is answered where one of the first so many answers is right. Equal captions, whatever
+    their case and spacing, are one text: any of its images is right for it, and it is right for
+    each of them.
 
     Returns:
         ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``
-        and ``texts``.
+        and different ``texts``.
+
+    Raises:
+        FileNotFoundError, ValueError: see `index_shards` and `embed_pairs`.
     """
-    return recall(embed_pairs(evaluator, task), evaluator.runtime)
+    images = embed_images(evaluator, index_shards(task.shards, needs=()))
+    return recall(embed_pairs(evaluator, task, images), evaluator.runtime)
+
+
+def recall_cells(numbers: Mapping[str, float]) -> list[str]:
+    """What `retrieval` returns, for a table."""
+    return [
+        *(f"{numbers[name]:,.0f}" for name in ("images", "texts")),
+        *(f"{numbers[f'{way}_r{k}']:.2%}" for way in DIRECTIONS for k in RECALL_AT),
+    ]

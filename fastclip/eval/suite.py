@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastclip.eval.evaluator import Evaluator
-from fastclip.eval.retrieval import RECALL_AT, RetrievalTask, retrieval
+from fastclip.eval.retrieval import RECALL_HEADS, RetrievalTask, recall_cells, retrieval
 from fastclip.eval.table import columns
 from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
 
@@ -81,13 +81,7 @@ def format_table(metrics: Mapping[str, float]) -> str:
         if kind == "zero_shot"
     ]
     retrieval_rows = [
-        [
-            name,
-            f"{numbers['images']:,.0f}",
-            f"{numbers['texts']:,.0f}",
-            *(f"{numbers[f'image_to_text_r{k}']:.2%}" for k in RECALL_AT),
-            *(f"{numbers[f'text_to_image_r{k}']:.2%}" for k in RECALL_AT),
-        ]
+        [name, *recall_cells(numbers)]
         for (kind, name), numbers in tasks.items()
         if kind == "retrieval"
     ]
@@ -96,6 +90,5 @@ def format_table(metrics: Mapping[str, float]) -> str:
         heads = ["zero-shot", "images", "classes", "top-1", "top-5", "chance top-1"]
         blocks.append(columns([heads, *zero_shot_rows]))
     if retrieval_rows:
-        ways = [f"{way} R@{k}" for way in ("text", "image") for k in RECALL_AT]
-        blocks.append(columns([["retrieval", "images", "texts", *ways], *retrieval_rows]))
+        blocks.append(columns([["retrieval", *RECALL_HEADS], *retrieval_rows]))
     return "\n\n".join(blocks) or "no evaluation is configured"

@@ -13,17 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.data.batch import Batch
+from fastclip.data.eval_loader import EvalBatch
 from fastclip.data.index import METADATA_EXTENSION, index_shards
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import check_templates, fill, imagenet_templates
+from fastclip.eval.texts import own_text_features, shares
 from fastclip.ops.similarity import similarity
-from fastclip.tokenizer.packing import PackedTokens
-
-_MULTIPLE = 256
-"""Of a GPU's packed tokens, so that what is compiled or replayed as a graph sees few shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class Classes:
     label_field: str
     names: tuple[str, ...]
 
-    def index(self, batch: Batch, source: str) -> Tensor:
+    def index(self, batch: EvalBatch, source: str) -> Tensor:
         """Place of each sample's class in `names`, int64 [B].
 
         Raises:
@@ -127,42 +124,19 @@ def check_names(names: Sequence[object], where: str | Path) -> tuple[str, ...]:
 def build_classifier(
     evaluator: Evaluator, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """One unit-length text feature per class, fp32 [classes, D], on every rank.
+    """One unit-length text feature per class, fp32 [classes, D], on every rank; collective.
 
     A class's feature is the mean of its prompts' normalised features, normalised again ("ensembled
-    in embedding space"). Prompts go through the text tower without padding, those of like lengths
-    together. The ranks share the classes, and each makes the same number of forward passes, some
-    perhaps of no text, so that sharded parameters can be gathered.
+    in embedding space"). The ranks share the classes.
     """
-    model, runtime, batch_size = evaluator.model, evaluator.runtime, evaluator.batch_size
-    share = -(-len(names) // runtime.world_size)
-    sizes = [max(0, min(share, len(names) - rank * share)) for rank in range(runtime.world_size)]
-    first = runtime.rank * share
+    runtime = evaluator.runtime
+    sizes = shares(len(names), runtime.world_size)
+    first = sum(sizes[: runtime.rank])
     own = names[first : first + sizes[runtime.rank]]
     texts = [text for name in own for text in fill(templates, name)]
-    tokens, lengths = evaluator.tokenizer.encode_batch(texts)
-    lengths, order = lengths.sort(stable=True)
-    features = []
-    for begin in range(0, share * len(templates), batch_size):
-        rows = tokens[order[begin : begin + batch_size]]
-        longest = int(lengths[begin : begin + batch_size].max()) if len(rows) else 1
-        batch = _pack(rows[:, :longest], model.autocast_dtype, runtime.device)
-        features.append(model(tokens=batch).text_features)
-    prompts = torch.cat(features)[order.argsort().to(runtime.device)]
-    prompts = prompts.view(len(own), len(templates), features[0].shape[1])
+    prompts = own_text_features(evaluator, texts, max(sizes) * len(templates))
+    prompts = prompts.view(len(own), len(templates), prompts.shape[1])
     return all_gather_rows(F.normalize(prompts.mean(dim=1), dim=-1), sizes)
-
-
-def _pack(rows: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor | PackedTokens:
-    """Texts of like lengths as the tower computes them fastest.
-
-    A GPU attends to packed texts in half precision alone; in fp32 rows lose little, being sorted.
-    """
-    if device.type == "cpu":
-        return PackedTokens.pack(rows)
-    if dtype is None:
-        return rows.to(device)
-    return PackedTokens.pack(rows, multiple=_MULTIPLE).to(device)
 
 
 def rank_of_target(scores: Tensor, target: Tensor) -> Tensor:

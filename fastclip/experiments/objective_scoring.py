@@ -74,10 +74,8 @@ def load_task(
     for batch in eval_batches(
         index_shards(task.shards, needs=(METADATA_EXTENSION,)),
         image_size=image_size,
-        tokenizer=tokenizer,
         batch_size=_BATCH,
         workers=1,
-        caption_key=None,
     ):
         images.append(batch.images)
         targets.append(classes.index(batch, shown(task.shards)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastclip.data.decoders import build_decoder
 from fastclip.data.index import ShardIndex, index_shards
+from fastclip.data.reader import check_caption_key
 from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import Shard
 from fastclip.data.rewriting import alone, write_text
@@ -75,8 +76,7 @@ class EmbedSettings:
         for name in ("batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
-        if self.caption_key != "txt" and not self.caption_key.startswith("json:"):
-            raise ValueError(f"caption_key is txt or json:field, not {self.caption_key!r}")
+        check_caption_key(self.caption_key, "caption_key")
         for field in self.fields:
             if not field or "=" in field:
                 raise ValueError(f"{field!r} is no name of a field")

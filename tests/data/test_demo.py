@@ -19,12 +19,14 @@ from fastclip.data.demo import build_demo
 from fastclip.data.demo_debian import LANGUAGES, caption_fields
 from fastclip.data.demo_packages import PACKAGES, fetch, npm_command
 from fastclip.data.demo_sources import Picture
-from fastclip.data.demo_suite import SUITE
+from fastclip.data.demo_suite import SUITE, datasets
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.index import index_shards
+from fastclip.data.reader import Members
 from fastclip.data.shard_writer import sha256
+from fastclip.eval.captioned import CaptionedDataset
+from fastclip.eval.layout import open_dataset
 from fastclip.eval.zero_shot import load_classes
-from fastclip.tokenizer import Tokenizer
 
 EMOJI = {
     "grinning face": "1F600",
@@ -125,17 +127,10 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _samples(folder: Path, caption_key: str = "txt") -> dict[str, tuple[str, dict]]:
     index = index_shards(str(folder), needs=("txt", "json"))
     assert not index.problems
-    batches = eval_batches(
-        index,
-        image_size=24,
-        tokenizer=Tokenizer(context_length=32),
-        batch_size=8,
-        caption_key=caption_key,
-    )
     return {
-        key: (caption, about)
-        for batch in batches
-        for key, caption, about in zip(batch.keys, batch.captions, batch.metadata, strict=True)
+        key: (Members(index[number]).captions(caption_key)[0], about)
+        for batch in eval_batches(index, image_size=24, batch_size=8)
+        for key, number, about in zip(batch.keys, batch.numbers, batch.metadata, strict=True)
     }
 
 
@@ -188,9 +183,9 @@ def test_splits_labels_and_documents(packages: Path, monkeypatch: pytest.MonkeyP
 def test_suite_sets_name_what_is_there(packages: Path) -> None:
     build_demo(packages, size=24)
     names = {path.name for path in (packages / "suite").iterdir()}
-    assert names == {each.name for each in SUITE}
+    assert names == {each.name for each in SUITE} | {"unseen-captions"}
     train = _samples(packages / "train")
-    for name in sorted(names):
+    for name in sorted(each.name for each in SUITE):
         folder = packages / "suite" / name
         about = json.loads((folder / "dataset.json").read_text())
         assert (about["metric"], about["templates"], about["unlabelled"]) == (
@@ -260,6 +255,15 @@ def test_stamps_in_many_languages(packages: Path, monkeypatch: pytest.MonkeyPatc
     }
     assert _samples(packages / "test-tux-paint", "json:caption_uk")["stamp-0"][0] == "heron (uk)"
     assert _samples(packages / "train")["stamp-1"][1]["caption_fr"] == "heron (fr)"
+    assert "tux-paint" not in datasets(full=False)
+    found = open_dataset(packages / "suite", "tux-paint")
+    assert isinstance(found, CaptionedDataset)
+    assert [found.source[n].key for n in range(len(found.source))] == ["stamp-0"]
+    assert list(found.tasks) == ["en", *LANGUAGES]
+    in_all = {
+        name: Members(found.source[0]).captions(t.caption_key) for name, t in found.tasks.items()
+    }
+    assert (in_all["en"], in_all["uk"]) == (["heron"], ["heron (uk)"])
 
 
 def test_drawings_are_centred_on_white() -> None:

@@ -13,7 +13,6 @@ from fastclip.data.decode import BadSampleError
 from fastclip.data.eval_loader import eval_batches
 from fastclip.data.image_folder import FolderIndex, index_folder
 from fastclip.data.reader import Members
-from fastclip.tokenizer import Tokenizer
 from shards import evaluation_pixels, picture
 
 
@@ -42,9 +41,7 @@ def test_batches_hold_the_pixels_of_the_files(tmp_path: Path) -> None:
         eval_batches(
             index_folder(tmp_path),
             image_size=16,
-            tokenizer=Tokenizer(context_length=32),
             batch_size=3,
-            caption_key=None,
         )
     )
     assert [batch.keys for batch in batches] == [("0.png", "1.png"), ("3.png",)]

@@ -20,15 +20,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastclip.data import loader as loader_module
 from fastclip.data import plan as plan_module
 from fastclip.data import remote, shard_cache, storage
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import eval_batches
+from fastclip.data.eval_loader import EvalBatch, eval_batches
 from fastclip.data.index import index_shards
 from fastclip.data.reader import Members
 from fastclip.data.remote import configure
 from fastclip.data.remote_files import RemoteFile
 from fastclip.data.shards import expand_shards
 from remote_shards import (
-    TOKENIZER,
     Server,
     copies,
     files,
@@ -301,10 +299,10 @@ def test_an_evaluation_that_is_left_does_not_wait_for_what_hangs(
     index = index_shards(serve(server, indexed))
     configure(str(cache), 1, 0, 1000)
     server.faults["/00001.tar"] = ["hang"]
-    batches = eval_batches(index, image_size=24, tokenizer=TOKENIZER, batch_size=8, workers=1)
+    batches = eval_batches(index, image_size=24, batch_size=8, workers=1)
     assert next(batches).keys == tuple(f"{n:06d}" for n in range(8))
     assert server.stalled.wait(60)
-    cast(Generator[Batch, None, None], batches).close()
+    cast(Generator[EvalBatch, None, None], batches).close()
 
 
 def test_a_forked_child_holds_no_lock(tmp_path: Path) -> None:

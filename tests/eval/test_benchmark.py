@@ -14,7 +14,8 @@ from evaluating import evaluator
 from fastclip.benchmark_run import Benchmark, evaluate_datasets
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval import layout
-from fastclip.eval.benchmark import Protocol, Row, format_rows, run_benchmark
+from fastclip.eval.benchmark import Protocol, Row, run_benchmark
+from fastclip.eval.benchmark_table import format_rows
 from fastclip.eval.datasets import paper_datasets
 from fastclip.eval.layout import find_datasets
 from fastclip.eval.prompts import fill

@@ -14,15 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evaluating import evaluator
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import eval_batches
+from fastclip.data.eval_loader import EvalBatch, eval_batches
 from fastclip.data.index import Sample, ShardIndex, index_shards
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.features import Features, extract_features, load_features, save_features
 from fastclip.models.clip import Clip
 from fastclip.models.config import ClipConfig, ResNetConfig
 from fastclip.models.presets import preset
-from fastclip.tokenizer import Tokenizer
 from ranks import run_ranks
 from resharding import encoded
 from shards import COLOURS, picture, write_shards, write_tar
@@ -44,34 +42,34 @@ def _model(config: ClipConfig) -> Clip:
     return Clip(config).eval()
 
 
-def _not_black(batch: Batch) -> tuple[Tensor, Tensor]:
+def _not_black(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     colours = [about["label"].split()[0] for about in batch.metadata]
     kept = torch.tensor([colour != "black" for colour in colours])
     return torch.tensor([COLOURS.index(c) for c in colours if c != "black"]), kept
 
 
-def _colour_and_shape(batch: Batch) -> tuple[Tensor, Tensor]:
+def _colour_and_shape(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     labels = torch.zeros(len(batch), 28, dtype=torch.bool)
     for row, about in enumerate(batch.metadata):
         labels[row, about["label_id"]] = labels[row, 24 + about["label_id"] // 6] = True
     return labels, torch.ones(len(batch), dtype=torch.bool)
 
 
-def _none(batch: Batch) -> tuple[Tensor, Tensor]:
+def _none(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     return torch.zeros(0, dtype=torch.int64), torch.zeros(len(batch), dtype=torch.bool)
 
 
-def _too_many(batch: Batch) -> tuple[Tensor, Tensor]:
+def _too_many(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(batch), dtype=torch.int64), torch.zeros(len(batch), dtype=torch.bool)
 
 
-def _broken_second(batch: Batch) -> tuple[Tensor, Tensor]:
+def _broken_second(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     if 7 in batch.numbers:
         raise ValueError(f"sample {batch.keys[0]} has no label")
     return _not_black(batch)
 
 
-def _all_one(batch: Batch) -> tuple[Tensor, Tensor]:
+def _all_one(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     return torch.ones(len(batch), dtype=torch.int64), torch.ones(len(batch), dtype=torch.bool)
 
 
@@ -106,7 +104,6 @@ def test_equals_the_model_image_by_image(tmp_path: Path) -> None:
     for batch in eval_batches(
         index_shards(str(tmp_path / "shards")),
         image_size=64,
-        tokenizer=Tokenizer(context_length=32),
         batch_size=1,
     ):
         colour = batch.metadata[0]["label"].split()[0]

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression as Oracle
 from torch import Tensor
 
 import peers  # noqa: F401
-from fastclip.data.batch import Batch
+from fastclip.data.eval_loader import EvalBatch
 from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval.evaluator import Evaluator
@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _colour(batch: Batch) -> tuple[Tensor, Tensor]:
+def _colour(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     labels = torch.tensor([about["colour"] for about in batch.metadata])
     return labels, torch.ones(len(batch), dtype=torch.bool)
 

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastclip.data.batch import Batch
-from fastclip.data.eval_loader import eval_batches
-from fastclip.eval.layout import LabelledDataset, Split, find_datasets, open_dataset
+from fastclip.data.eval_loader import EvalBatch, eval_batches
+from fastclip.eval.layout import SPLITS, LabelledDataset, Split, find_datasets, open_dataset
 from fastclip.eval.measures import ACCURACY, MAP_11_POINT, MEAN_PER_CLASS
 from fastclip.eval.prompts import imagenet_templates
-from fastclip.tokenizer import Tokenizer
 from labelled_sets import describe, write_folders, write_labelled
 from shards import write_shards
+
+
+def _open(root: Path, name: str, splits: tuple[str, ...] = SPLITS) -> LabelledDataset:
+    dataset = open_dataset(root, name, splits)
+    assert isinstance(dataset, LabelledDataset)
+    return dataset
 
 
 def _labels(dataset: LabelledDataset, split: str = "test") -> dict[str, Any]:
@@ -30,14 +34,12 @@ def _labels(dataset: LabelledDataset, split: str = "test") -> dict[str, Any]:
     return dict(zip(keys, labels.tolist(), strict=True))
 
 
-def _batches(split: Split) -> list[Batch]:
+def _batches(split: Split) -> list[EvalBatch]:
     return list(
         eval_batches(
             split.source,
             image_size=16,
-            tokenizer=Tokenizer(context_length=32),
             batch_size=64,
-            caption_key=None,
         )
     )
 
@@ -49,7 +51,7 @@ def _names(folder: Path, content: Any) -> None:
 def test_class_folders(tmp_path: Path) -> None:
     write_folders(tmp_path / "food101" / "test")
     write_folders(tmp_path / "food101" / "train", ("red", "dark_blue"))
-    dataset = open_dataset(tmp_path, "food101")
+    dataset = _open(tmp_path, "food101")
     assert dataset.classes == ("blue", "dark blue", "green", "red")
     assert set(dataset.splits) == {"train", "test"}
     labels = _labels(dataset)
@@ -58,7 +60,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert len(labels) == 12
     assert dataset.paper is not None
     assert dataset.metric is ACCURACY
-    assert set(open_dataset(tmp_path, "food101", ("test",)).splits) == {"test"}
+    assert set(_open(tmp_path, "food101", ("test",)).splits) == {"test"}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_names_of_class_folders(
 ) -> None:
     write_folders(tmp_path / "dtd" / "test", images=1)
     _names(tmp_path / "dtd", content)
-    dataset = open_dataset(tmp_path, "dtd")
+    dataset = _open(tmp_path, "dtd")
     assert dataset.classes == classes
     assert _labels(dataset)["red/0.png"] == red
 
@@ -89,7 +91,7 @@ def test_folders_that_are_numbers(tmp_path: Path) -> None:
             shutil.copytree(folder / "test" / "red", folder / "test" / str(number))
         shutil.rmtree(folder / "test" / "red")
         _names(folder, [*names, "class 12"][:known])
-        dataset = open_dataset(folder.parent, "gtsrb")
+        dataset = _open(folder.parent, "gtsrb")
         assert _labels(dataset)[f"{first + 10}/0.png"] == 10
 
 
@@ -98,12 +100,12 @@ def test_usual_names_of_the_papers_sets(tmp_path: Path) -> None:
     test = tmp_path / "rendered_sst2" / "test"
     for old, new in (("red", "positive"), ("blue", "negative")):
         (test / old).rename(test / new)
-    dataset = open_dataset(tmp_path, "rendered_sst2")
+    dataset = _open(tmp_path, "rendered_sst2")
     assert dataset.classes == ("negative", "positive")
     assert _labels(dataset) == {"negative/0.png": 0, "positive/0.png": 1}
 
     write_labelled(tmp_path / "pcam" / "test", [{"label": 1}, {"label": "0"}])
-    dataset = open_dataset(tmp_path, "pcam")
+    dataset = _open(tmp_path, "pcam")
     assert dataset.classes[1] == "lymph node tissue with a tumour"
     assert _labels(dataset) == {"0000": 1, "0001": 0}
 
@@ -112,7 +114,7 @@ def test_shards_with_a_classes_file(tmp_path: Path) -> None:
     folder = tmp_path / "cifar100"
     write_shards(folder, pairs=30)
     (folder / "shards").rename(folder / "test")
-    dataset = open_dataset(tmp_path, "cifar100")
+    dataset = _open(tmp_path, "cifar100")
     assert len(dataset.classes) == 24
     assert _labels(dataset)["000001"] == dataset.classes.index("green circle")
 
@@ -121,7 +123,7 @@ def test_several_labels(tmp_path: Path) -> None:
     abouts: list[dict[str, Any] | None]
     abouts = [{"label": ["dog", "tvmonitor"]}, {"label": "cat"}, {"label": []}, {"label": [0, 1]}]
     write_labelled(tmp_path / "voc2007" / "test", abouts)
-    dataset = open_dataset(tmp_path, "voc2007")
+    dataset = _open(tmp_path, "voc2007")
     assert dataset.metric is MAP_11_POINT
     (batch,) = _batches(dataset.splits["test"])
     labels, kept = dataset.splits["test"].labels(batch)
@@ -150,7 +152,7 @@ def test_an_own_data_set(tmp_path: Path) -> None:
         unlabelled="skip",
         note="n",
     )
-    dataset = open_dataset(tmp_path / "sets", "mine")
+    dataset = _open(tmp_path / "sets", "mine")
     assert (dataset.title, dataset.metric, dataset.note) == ("Mine", MEAN_PER_CLASS, "n")
     assert dataset.templates == imagenet_templates()
     assert dataset.paper is None
@@ -160,7 +162,7 @@ def test_an_own_data_set(tmp_path: Path) -> None:
 def test_a_paper_set_under_another_name(tmp_path: Path) -> None:
     write_folders(tmp_path / "pets-small" / "test", images=1)
     describe(tmp_path / "pets-small", paper="oxford_pets", templates=["{}"])
-    dataset = open_dataset(tmp_path, "pets-small")
+    dataset = _open(tmp_path, "pets-small")
     assert dataset.paper is not None
     assert dataset.metric is MEAN_PER_CLASS
     assert dataset.templates == ("{}",)
@@ -176,7 +178,7 @@ def test_unlabelled_samples_are_refused_by_name(tmp_path: Path) -> None:
     ):
         write_labelled(tmp_path / name / "test", [{"label": "x"}, about])
         describe(tmp_path / name, classes=["x", "y"])
-        dataset = open_dataset(tmp_path, name)
+        dataset = _open(tmp_path, name)
         with pytest.raises(ValueError, match=message):
             _labels(dataset)
 
@@ -289,7 +291,7 @@ def test_a_long_label_is_told_short(tmp_path: Path) -> None:
     write_labelled(tmp_path / "food101" / "test", [{"label": "x" * 100_000}])
     _names(tmp_path / "food101", ["red"])
     with pytest.raises(ValueError, match="none of the 1 classes") as caught:
-        _labels(open_dataset(tmp_path, "food101"))
+        _labels(_open(tmp_path, "food101"))
     assert len(str(caught.value)) < 500
 
 

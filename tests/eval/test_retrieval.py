@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from evaluating import evaluator
+from fastclip.data.eval_loader import eval_batches
+from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval import retrieval as module
-from fastclip.eval.retrieval import RetrievalTask, best_ranks, retrieval
+from fastclip.eval.retrieval import (
+    RECALL_AT,
+    RetrievalTask,
+    best_ranks,
+    embed_images,
+    embed_pairs,
+    retrieval,
+)
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
+from fastclip.tokenizer import Tokenizer
 from ranks import run_ranks
-from shards import write_shards
+from shards import sample, write_shards, write_tar
 
 ALONE = Runtime.alone(torch.device("cpu"))
 
 
-def _evaluate(runtime: Runtime, folder: Path, batch_size: int) -> dict[str, float]:
+def _model() -> Clip:
     torch.manual_seed(5)
-    model = Clip(preset("ViT-Nano-8")).eval()
+    return Clip(preset("ViT-Nano-8")).eval()
+
+
+def _evaluate(runtime: Runtime, folder: Path, batch_size: int) -> dict[str, float]:
     with torch.no_grad():
         return retrieval(
-            evaluator(model, runtime, batch_size=batch_size),
+            evaluator(_model(), runtime, batch_size=batch_size),
             RetrievalTask(name="shapes", shards=str(folder / "shards")),
         )
 
@@ -53,10 +69,118 @@ def test_best_ranks_equal_a_sort(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
         order = (candidates @ query).argsort(descending=True).tolist()
         first = next(i for i, place in enumerate(order) if groups[place] == group)
         expected.append(first)  # everything before the first right one is wrong
-    assert best_ranks(queries, candidates, right, groups).tolist() == expected
+    pairs = (right[:, None] == groups).nonzero()
+    assert best_ranks(queries, candidates, pairs).tolist() == expected
 
 
 def test_collapsed_features_find_nothing() -> None:
     same = torch.ones(4, 3)
-    numbers = torch.arange(4)
-    assert best_ranks(same, same, numbers, numbers).tolist() == [3, 3, 3, 3]
+    pairs = torch.arange(4)[:, None].expand(4, 2)
+    assert best_ranks(same, same, pairs).tolist() == [3, 3, 3, 3]
+
+
+def _captioned(folder: Path) -> list[list[str]]:
+    """Eleven images with one to three captions each, some of them shared; what each has."""
+    captions = []
+    rows = []
+    for number in range(11):
+        key, members = sample(number)
+        about = json.loads(members["json"])
+        own = [about["label"], f"one {about['label'].split()[0]} thing", "A  Thing"]
+        own = own[: 1 + number % 3] if number != 5 else ["a thing"]
+        rows.append((key, {**members, "json": json.dumps({"captions": own}).encode()}))
+        captions.append(own)
+    folder.mkdir()
+    write_tar(folder / "0.tar", rows)
+    return captions
+
+
+def _definition(model: Clip, folder: Path, captions: list[list[str]], template: str) -> list[float]:
+    """Recall over the whole score matrix, image by image and text by text."""
+    folded = [[" ".join(text.lower().split()) for text in own] for own in captions]
+    texts = sorted({text for own in folded for text in own})
+    tokenizer = Tokenizer(context_length=32)
+    prompts = [tokenizer(template.replace("{}", text)) for text in texts]
+    with torch.no_grad():
+        text_features = torch.cat([model(tokens=tokens).text_features for tokens in prompts])
+        image_features = torch.cat(
+            [
+                model(images=batch.images).image_features
+                for batch in eval_batches(
+                    index_shards(str(folder), needs=()), image_size=64, batch_size=1
+                )
+            ]
+        )
+    scores = image_features @ text_features.T
+    right = torch.tensor([[text in own for text in texts] for own in folded])
+    recalls = []
+    for way, wanted in ((scores, right), (scores.T, right.T)):
+        order = way.argsort(dim=1, descending=True)
+        found = wanted.gather(1, order)
+        recalls += [float(found[:, :k].any(dim=1).double().mean()) for k in RECALL_AT]
+    return [*recalls, len(folded), len(texts)]
+
+
+def _evaluate_captions(runtime: Runtime, folder: Path, template: str) -> dict[str, float]:
+    task = RetrievalTask(
+        name="several", shards=str(folder), caption_key="json:captions", template=template
+    )
+    with torch.no_grad():
+        return retrieval(evaluator(_model(), runtime, batch_size=4), task)
+
+
+@pytest.mark.parametrize("template", ["{}", "a photo of {}"])
+def test_several_captions_of_an_image_are_all_right(tmp_path: Path, template: str) -> None:
+    captions = _captioned(tmp_path / "shards")
+    found = _evaluate_captions(ALONE, tmp_path / "shards", template)
+    expected = _definition(_model(), tmp_path / "shards", captions, template)
+    assert list(found.values()) == pytest.approx(expected)
+    assert found["texts"] < sum(map(len, captions))  # some are the same text
+    assert 0 < found["text_to_image_r1"] < 1
+    for ranks in run_ranks(_evaluate_captions, 3, tmp_path, tmp_path / "shards", template):
+        assert ranks == found
+
+
+def test_each_line_may_be_a_caption(tmp_path: Path) -> None:
+    key, members = sample(0)
+    rows = [(key, {**members, "txt": b"red circle\n\n a round thing\r\nred circle\n"}), sample(1)]
+    index = index_shards(str(write_tar(tmp_path / "0.tar", rows)), needs=())
+    task = RetrievalTask(name="lines", shards=str(tmp_path), caption_lines=True)
+    alone = evaluator(_model(), ALONE)
+    with torch.no_grad():
+        pairs = embed_pairs(alone, task, embed_images(alone, index))
+        whole = replace(task, caption_lines=False)
+        assert len(embed_pairs(alone, whole, embed_images(alone, index)).captions) == 2
+    assert pairs.captions == ["red circle", " a round thing", "a green circle"]
+    assert pairs.right.tolist() == [[0, 0], [0, 1], [1, 2]]
+    assert pairs.by_text().tolist() == [[0, 0], [1, 0], [2, 1]]
+
+
+def test_images_without_a_caption_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [sample(number) for number in range(4)]
+    del rows[1][1]["txt"]
+    rows[2][1]["txt"] = b"\xff\xfe"
+    rows[3][1]["png"] = b"broken"
+    write_tar(tmp_path / "0.tar", rows)
+    task = RetrievalTask(name="gaps", shards=str(tmp_path))
+    with torch.no_grad():
+        found = retrieval(evaluator(_model(), ALONE), task)
+        assert (found["images"], found["texts"]) == (1, 1)
+        assert "left out 2 sample(s): {'missing caption': 1, 'broken caption': 1}" in caplog.text
+        nowhere = replace(task, caption_key="json:nothing")
+        with pytest.raises(ValueError, match=r"task gaps: no image of .* caption under json:noth"):
+            retrieval(evaluator(_model(), ALONE), nowhere)
+
+
+def test_tasks_that_say_nothing_usable() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"caption_key": "text"}, "caption_key of retrieval task x is txt or json:field"),
+        ({"caption_key": "json:"}, "lacks the field's name"),
+        ({"template": "a photo"}, "template of retrieval task x: 'a photo' does not hold"),
+        ({"name": "a/b"}, "has no /"),
+    ]
+    for more, message in cases:
+        with pytest.raises(ValueError, match=message):
+            RetrievalTask(**{"name": "x", "shards": "y", **more})

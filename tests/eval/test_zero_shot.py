@@ -73,7 +73,6 @@ def _by_hand(folder: Path) -> dict[str, float]:
         for batch in eval_batches(
             index_shards(str(folder / "shards")),
             image_size=64,
-            tokenizer=tokenizer,
             batch_size=1,
         ):
             scores = torch.stack(weights) @ model(images=batch.images).image_features[0]
