@@ -69,7 +69,7 @@ class RetrievalTask:
         """The captions in a sample's texts."""
         if not self.caption_lines:
             return list(texts)
-        return [line for text in texts for line in text.splitlines() if line.strip()]
+        return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
 
 
 def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def test_each_line_may_be_a_caption(tmp_path: Path) -> None:
         pairs = embed_pairs(alone, task, embed_images(alone, index))
         whole = replace(task, caption_lines=False)
         assert len(embed_pairs(alone, whole, embed_images(alone, index)).captions) == 2
-    assert pairs.captions == ["red circle", " a round thing", "a green circle"]
+    assert pairs.captions == ["red circle", "a round thing", "a green circle"]
     assert pairs.right.tolist() == [[0, 0], [0, 1], [1, 2]]
     assert pairs.by_text().tolist() == [[0, 0], [1, 0], [2, 1]]
 
