@@ -117,12 +117,14 @@ def _draw_errors(axis: Any, points: Sequence[Point], curve: Curve, prediction: P
         zorder=6,
     )
     for number, point in enumerate(points):
-        above = number % 2 == 0  # neighbours' names apart
+        above = number % 2 == 0  # neighbours' names apart, beyond the ends of their bars
+        ends = (*point.seeds, *point.interval)
         axis.annotate(
             point.name,
-            (point.flops, point.error),
-            xytext=(5, 7) if above else (-5, -13),
-            ha="left" if above else "right",
+            (point.flops, max(ends) if above else min(ends)),
+            xytext=(0, 4 if above else -4),
+            ha="center",
+            va="bottom" if above else "top",
             textcoords="offset points",
             fontsize=7,
         )
