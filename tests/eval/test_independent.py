@@ -19,10 +19,10 @@ from sklearn.linear_model import LogisticRegression as Oracle
 from torch import Tensor
 
 import peers  # noqa: F401
+from evaluating import evaluator
 from fastclip.data.eval_loader import EvalBatch
 from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features
 from fastclip.eval.linear_probe import linear_probe
 from fastclip.eval.logistic_regression import LogisticRegression
@@ -31,7 +31,6 @@ from fastclip.models.clip import Clip
 from fastclip.models.interop import export_weights
 from fastclip.models.presets import preset
 from fastclip.ops.similarity import similarity
-from fastclip.tokenizer import Tokenizer
 from fastclip.tokenizer.vocabulary import load_vocabulary
 from shards import COLOURS, SHAPES, picture, write_tar
 
@@ -88,19 +87,10 @@ def _colour(batch: EvalBatch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def evaluator(model: Clip) -> Evaluator:
-    return Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=77),
-        runtime=Runtime.alone(torch.device("cpu")),
-        batch_size=16,
-        workers=1,
+def found(model: Clip, folder: Path) -> Features:
+    return extract_features(
+        evaluator(model, ALONE), index_shards(str(folder), needs=("json",)), _colour
     )
-
-
-@pytest.fixture(scope="module")
-def found(evaluator: Evaluator, folder: Path) -> Features:
-    return extract_features(evaluator, index_shards(str(folder), needs=("json",)), _colour)
 
 
 def _their_tokenizer() -> CLIPTokenizer:
@@ -110,7 +100,7 @@ def _their_tokenizer() -> CLIPTokenizer:
 
 
 def test_zero_shot_probabilities_are_those_of_transformers(
-    model: Clip, evaluator: Evaluator, folder: Path, found: Features, tmp_path: Path
+    model: Clip, folder: Path, found: Features, tmp_path: Path
 ) -> None:
     export_weights(model, model.config, tmp_path, "huggingface")
     about = model.config
@@ -131,7 +121,7 @@ def test_zero_shot_probabilities_are_those_of_transformers(
         [[{a["label"]: a["score"] for a in one}[name] for name in NAMES] for one in answers]
     )
     with torch.no_grad():
-        classifier = build_classifier(evaluator, NAMES, (TEMPLATE,))
+        classifier = build_classifier(evaluator(model, ALONE), NAMES, (TEMPLATE,))
         scale = float(model.logit_scale.exp())
         ours = similarity(found.embedding, classifier, scale, normalize=False).softmax(dim=1)
     print(f"zero-shot probabilities differ by {float((ours - theirs).abs().max()):.1e}")

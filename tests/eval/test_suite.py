@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluating import evaluator
 from fastclip.distributed.runtime import Runtime
-from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.retrieval import RetrievalTask
 from fastclip.eval.suite import EvalConfig, format_table, run_suite
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
-from fastclip.tokenizer import Tokenizer
 from shards import write_shards
 
 ALONE = Runtime.alone(torch.device("cpu"))
@@ -39,14 +38,7 @@ def test_suite_leaves_mode_and_random_numbers_alone(tmp_path: Path) -> None:
     model.freeze(vision=True, text=False)
     statistics = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    evaluator = Evaluator(
-        model=model,
-        tokenizer=Tokenizer(context_length=32),
-        runtime=ALONE,
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-    metrics = run_suite(evaluator, config)
+    metrics = run_suite(evaluator(model, ALONE, batch_size=16), config)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.visual.training  # frozen towers stay in evaluation mode
