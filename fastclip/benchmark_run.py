@@ -1,4 +1,4 @@
-"""``fastclip eval --datasets``: a trained model on labelled data sets, and the results as files."""
+"""``fastclip eval --datasets``: a trained model on data sets, and the results as files."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ def add_eval_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "path", type=Path, nargs="?", help="a run's folder, or one of its checkpoints"
     )
-    evaluate.add_argument("--datasets", type=Path, metavar="ROOT", help="labelled data sets below")
+    evaluate.add_argument(
+        "--datasets", type=Path, metavar="ROOT", help="data sets below this folder"
+    )
     evaluate.add_argument(
         "--list-datasets",
         action="store_true",

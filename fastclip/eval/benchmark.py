@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,13 @@ import torch
 
 from fastclip.distributed.collectives import all_gather_objects
 from fastclip.eval.captioned import CaptionedDataset
-from fastclip.eval.datasets import PaperResult, paper_results, paper_retrieval
+from fastclip.eval.datasets import (
+    CAPTION_TEMPLATE,
+    CAPTIONS_PER_IMAGE,
+    PaperResult,
+    paper_results,
+    paper_retrieval,
+)
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.features import Features, extract_features
 from fastclip.eval.few_shot import FewShotResult, few_shot
@@ -77,11 +83,11 @@ class Row:
     classes: int = 0
 
     images: int = 0
-    """Of the test split, measured on."""
+    """Of the test split, measured on; with the captions that most images have."""
 
     left_out: int = 0
-    """Of the test split: images that could not be read or whose label is none of the classes, and
-    what is no image."""
+    """Of the test split: images that could not be read, whose label is none of the classes or that
+    have no caption, and what is no image."""
 
     train_images: int = 0
     """Of the training and validation splits."""
@@ -105,7 +111,8 @@ class Row:
     """As above, of the linear probe's."""
 
     retrieval: dict[str, dict[str, float]] | None = None
-    """Of a captioned data set, what `recall` gives, by the name of the captions."""
+    """Of a captioned data set what `recall` gives, by the name of the captions; {} where nothing
+    could be measured."""
 
     paper_retrieval: dict[str, float] | None = None
     """The recalls of the model compared with, with English captions."""
@@ -168,7 +175,7 @@ def run_benchmark(
 
 
 def _outcome(row: Row) -> str:
-    if row.retrieval is not None:
+    if row.retrieval:
         first = next(iter(row.retrieval.values()))
         found = [f"{way.replace('_', ' ')} R@1 {first[f'{way}_r1']:.1%}" for way in DIRECTIONS]
         return ", ".join(found)
@@ -230,21 +237,38 @@ def _retrieve(
     if evaluator.runtime.is_main:
         dataset.source.log_problems()
     images = embed_images(evaluator, dataset.source)
-    row.images = len(images.numbers)
-    row.left_out = len(dataset.source) - row.images + len(dataset.source.problems)
-    row.retrieval = {
-        name: recall(embed_pairs(evaluator, task, images), evaluator.runtime)
-        for name, task in dataset.tasks.items()
-    }
-    if preset is None:
+    row.retrieval = {}
+    for name, task in dataset.tasks.items():
+        try:
+            pairs = embed_pairs(evaluator, task, images)
+        except ValueError as error:  # of all ranks alike
+            _fail(row, f"{name}: ", error)
+        else:
+            row.retrieval[name] = recall(pairs, evaluator.runtime)
+    if not row.retrieval:
         return
-    paper = paper_retrieval().get(preset, {}).get(dataset.name)
-    if paper is not None:
+    row.images = max(int(numbers["images"]) for numbers in row.retrieval.values())
+    row.left_out = len(dataset.source) - row.images + len(dataset.source.problems)
+    paper = None if preset is None else paper_retrieval().get(preset, {}).get(dataset.name)
+    if preset is not None and paper is not None:
         row.paper_retrieval = paper
-        data = () if row.images == paper["images"] else (
-            f"data: {row.images:,} test images, the paper's {paper['images']:,.0f}",
-        )  # fmt: skip
-        row.retrieval_differs = (*data, *_scale_differs(preset, same_scale))
+        differs = [*_caption_differences(dataset, row.retrieval, paper)]
+        row.retrieval_differs = (*differs, *_scale_differs(preset, same_scale))
+
+
+def _caption_differences(
+    dataset: CaptionedDataset, found: dict[str, dict[str, float]], paper: dict[str, float]
+) -> Iterator[str]:
+    """In what a captioned set, or how it is asked, is not the paper's."""
+    name, numbers = next(iter(found.items()))
+    images = numbers["images"]
+    if images != paper["images"]:
+        yield f"data: {images:,.0f} test images, the paper's {paper['images']:,.0f}"
+    each = numbers["captions"] / images
+    if round(each) != CAPTIONS_PER_IMAGE:
+        yield f"data: {each:.1f} captions of an image, the paper's {CAPTIONS_PER_IMAGE}"
+    if (template := dataset.tasks[name].template) != CAPTION_TEMPLATE:
+        yield f"prompt: texts are asked for as {template}, in the paper as {CAPTION_TEMPLATE}"
 
 
 def _probe(

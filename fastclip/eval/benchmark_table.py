@@ -12,8 +12,8 @@ from fastclip.eval.table import columns
 def format_rows(rows: Sequence[Row], preset: str | None) -> str:
     """The results as tables in per cent, the paper's beside them, and what to know of them.
 
-    "≠ data", "≠ scale", "≠ measure" mark numbers of the paper that are of something else, – what
-    was not measured or is not known.
+    "≠ data", "≠ scale", "≠ measure", "≠ prompt" mark numbers of the paper that are of something
+    else, – what was not measured or is not known.
     """
     captioned = [row for row in rows if row.retrieval is not None]
     blocks = []
@@ -74,6 +74,8 @@ def _captioned(rows: Sequence[Row], preset: str | None) -> str:
     for row in rows:
         for name, numbers in (row.retrieval or {}).items():
             table.append([row.dataset, name, *recall_cells(numbers), ""])
+        if not row.retrieval:
+            table.append([row.dataset, *("–" for _ in table[0][1:-1]), ""])
         if row.paper_retrieval is not None:
             cells = recall_cells(row.paper_retrieval)
             table.append([row.dataset, str(preset), *cells, _marks(row.retrieval_differs)])

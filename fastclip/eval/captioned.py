@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from fastclip.eval.retrieval import RetrievalTask
 
 CAPTION_FIELDS = ("title", "captions", "caption_lines", "templates", "splits", "note")
 """What the description of a captioned data set may say."""
+
+_FORM = 'are "txt", "json:field", or several, {"en": "txt", "de": "json:caption_de"}'
 
 ONLY_CAPTIONS = "captions"
 """What captions are called that the description gives no name."""
@@ -48,12 +51,14 @@ def check_captioned(content: Mapping[str, Any], path: Path) -> None:
         if name not in CAPTION_FIELDS:
             raise ValueError(f"{path}: {name} is of labelled data sets; this one has captions")
     captions = content["captions"]
-    names = captions.values() if isinstance(captions, dict) else [captions]
-    if not names or not all(isinstance(key, str) for key in names):
-        raise ValueError(
-            f'{path}: captions are where they stand, "txt" or "json:field", or an object of such: '
-            '{"de": "json:caption_de"}'
-        )
+    named = captions if isinstance(captions, dict) else {ONLY_CAPTIONS: captions}
+    for name, key in named.items():
+        if not name or "/" in name:
+            raise ValueError(f"{path}: a name of captions is not empty and has no /: {name!r}")
+        if key != "txt" and not (isinstance(key, str) and re.fullmatch("json:.+", key, re.DOTALL)):
+            raise ValueError(f"{path}: captions {_FORM}, not {key!r}")
+    if not named:
+        raise ValueError(f"{path}: captions {_FORM}; there are none")
     if not isinstance(content.get("caption_lines", False), bool):
         raise ValueError(
             f"{path}: caption_lines, whether each line is a caption, is true or false, not "
@@ -70,7 +75,7 @@ def open_captioned(folder: Path, about: Mapping[str, Any], shards: str) -> Capti
     """The data set in `folder` that `about` describes, its test split in `shards`.
 
     Raises:
-        FileNotFoundError, ValueError: see `index_shards`; or captions have no usable name or place.
+        FileNotFoundError, ValueError: see `index_shards`.
     """
     captions = about["captions"]
     if isinstance(captions, str):

@@ -21,7 +21,7 @@ from fastclip.eval.class_names import (
     read_classes,
     read_json,
 )
-from fastclip.eval.datasets import PaperDataset, nearest, paper_datasets
+from fastclip.eval.datasets import CAPTIONED, PaperDataset, nearest, paper_datasets
 from fastclip.eval.measures import ACCURACY, METRICS, Metric
 from fastclip.eval.prompts import check_templates, imagenet_templates
 
@@ -119,15 +119,22 @@ def open_dataset(
     """
     folder = root / name
     if not folder.is_dir():
-        known = [*paper_datasets(), *_folders(root)]
+        known = [*paper_datasets(), *CAPTIONED, *_folders(root)]
         raise FileNotFoundError(f"there is no folder {folder}{nearest(name, known)}")
     described = (folder / _DESCRIPTION).is_file()
     about = _read_description(folder / _DESCRIPTION) if described else {}
     if "captions" in about:
         place = _places(folder, about.get("splits"))["test"]
+        if _is_image_folder(place):
+            raise ValueError(f"{place} holds no *.tar: images and their captions are in shards")
         _check_shards(place)
         return open_captioned(folder, about, place)
     paper = _paper(folder, about.get("paper", name if name in paper_datasets() else None))
+    if name in CAPTIONED and not described:
+        raise ValueError(
+            f"{folder} has no {_DESCRIPTION}: write there where the captions are, "
+            '{"captions": "txt"}'
+        )
     if paper is None and not described:
         raise ValueError(
             f"{folder} is none of the paper's data sets{nearest(name, paper_datasets())} and has "
@@ -168,7 +175,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     if content.get("unlabelled", "refuse") not in ("refuse", "skip"):
         raise ValueError(f"{path}: unlabelled is refuse or skip, not {content['unlabelled']!r}")
     metric = content.get("metric", "accuracy")
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         hint = nearest(str(metric), METRICS)
         raise ValueError(f"{path}: metric is {', '.join(METRICS)}, not {metric!r}{hint}")
     splits = content.get("splits", {"test": "test"})
@@ -192,7 +199,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _paper(folder: Path, name: Any) -> PaperDataset | None:
     if name is None:
         return None
-    if name not in paper_datasets():
+    if not isinstance(name, str) or name not in paper_datasets():
         raise ValueError(
             f"{folder / _DESCRIPTION}: paper is the name of one of the paper's data sets, not "
             f"{name!r}{nearest(str(name), paper_datasets())}"

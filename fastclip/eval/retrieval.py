@@ -37,6 +37,9 @@ RECALL_HEADS = (
 )
 """Of a table's columns that `recall_cells` fills."""
 
+NEVER = 2**62
+"""A rank behind every other."""
+
 _CHUNK_SCORES = 2**24  # scores in memory at once: 64 MiB
 
 
@@ -83,7 +86,8 @@ def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
         right: int64 [P, 2], each query with each candidate that is right for it; ordered by query.
 
     Returns:
-        int64 [Q]; ties count against the model, and a score that is not a number is never right.
+        int64 [Q]; ties count against the model. A score that is not a number is never a right
+        one's; where no other is, the rank is `NEVER`.
     """
     ranks = [torch.zeros(0, dtype=torch.int64, device=queries.device)]
     rows = max(1, _CHUNK_SCORES // max(len(candidates), 1))
@@ -94,8 +98,10 @@ def best_ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
         query, candidate = right[bounds[chunk] : bounds[chunk + 1]].unbind(1)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         is_right[query - begin, candidate] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append((~(scores < best) & ~is_right).sum(dim=1))
+        unusable = ~is_right | scores.isnan()
+        best = scores.masked_fill(unusable, -torch.inf).amax(dim=1, keepdim=True)
+        wrong = (~(scores < best) & ~is_right).sum(dim=1)
+        ranks.append(wrong.masked_fill(unusable.all(dim=1), NEVER))
     return torch.cat(ranks)
 
 
@@ -124,6 +130,9 @@ class Pairs:
     texts: Tensor
     """fp32 [T, D], of the captions, of unit length, on the runtime's device."""
 
+    count: int
+    """Of captions, each image's counted by itself."""
+
     right: Tensor
     """int64 [P, 2] on that device, each image with each of its captions; ordered by image."""
 
@@ -149,8 +158,8 @@ def embed_images(evaluator: Evaluator, index: ShardIndex) -> Images:
 def embed_pairs(evaluator: Evaluator, task: RetrievalTask, images: Images) -> Pairs:
     """The features that images and texts are to find each other by; collective.
 
-    Captions that differ in case and spacing alone are one text, and computed once: to the model
-    they are the same. An image without a caption is counted and left out.
+    Captions that differ in case and spacing alone, which the tokenizer evens out, are one text, and
+    computed once. An image without a caption is counted and left out.
 
     Raises:
         ValueError: no image has a caption.
@@ -178,6 +187,7 @@ def embed_pairs(evaluator: Evaluator, task: RetrievalTask, images: Images) -> Pa
             features=images.features[captioned],
         ),
         captions=distinct,
+        count=sum(map(len, everyone)),
         texts=text_features(evaluator, [fill([task.template], each)[0] for each in distinct]),
         right=torch.tensor(list(right), dtype=torch.int64, device=evaluator.runtime.device),
     )
@@ -196,7 +206,8 @@ def _read_captions(runtime: Runtime, task: RetrievalTask, images: Images) -> lis
             texts = []
         own.append(task.captions(texts))
     if bad.total:
-        logger.warning("evaluation left out %d sample(s): %s", bad.total, dict(bad.counts))
+        where = f"retrieval task {task.name}, {shown(task.shards)}"
+        logger.warning("%s: left out %d sample(s): %s", where, bad.total, dict(bad.counts))
     found: list[list[str]] = [[] for _ in images.numbers]
     for rank, part in enumerate(all_gather_objects(own)):
         found[rank :: runtime.world_size] = part
@@ -222,6 +233,7 @@ def recall(pairs: Pairs, runtime: Runtime) -> dict[str, float]:
         for direction, (name, total) in enumerate(zip(DIRECTIONS, counts.values(), strict=True))
         for place, k in enumerate(RECALL_AT)
     }
+    counts["captions"] = pairs.count
     return {**result, **{name: float(count) for name, count in counts.items()}}
 
 
@@ -233,8 +245,8 @@ def retrieval(evaluator: Evaluator, task: RetrievalTask) -> dict[str, float]:
     each of them.
 
     Returns:
-        ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``
-        and different ``texts``.
+        ``image_to_text_r1`` …, ``text_to_image_r10`` as fractions, and the numbers of ``images``,
+        of their ``captions`` and of different ``texts`` among these.
 
     Raises:
         FileNotFoundError, ValueError: see `index_shards` and `embed_pairs`.

@@ -16,7 +16,7 @@ _MULTIPLE = 256
 
 
 def shares(count: int, world_size: int) -> list[int]:
-    """How many of `count` things in a row each rank has: as even as can be, the last ones fewer."""
+    """How many of `count` things in a row each rank has: all as many, but for the last ones."""
     share = -(-count // world_size)
     return [max(0, min(share, count - rank * share)) for rank in range(world_size)]
 

@@ -313,8 +313,9 @@ def _sentences(measured: Sequence[Measured], fits: Fits) -> list[str]:
     span = measured[-1].flops / measured[0].flops
     sentences = [
         f"Scaled over {span:.1f} times of compute: {describe(measured)}.",
-        f"log(error) = a - b log(FLOP): b = {line.exponent:.4f} ± {line.exponent_error:.4f}, "
-        f"a = {line.intercept:.3f} ± {line.intercept_error:.3f}, R² = {line.r_squared:.4f}, "
+        f"log(error) = a - b log(FLOP): b = {line.exponent:.4f} (standard error "
+        f"{line.exponent_error:.4f}), a = {line.intercept:.3f} ({line.intercept_error:.3f}), "
+        f"R² = {line.r_squared:.4f}, "
         f"residuals' deviation {line.deviation:.4f}, {len(measured)} models.",
         f"Without {measured[-1].member.name} the others predict {out.predicted:.2%} "
         f"(95 %: {out.low:.2%} to {out.high:.2%}); measured are {out.measured:.2%}: "

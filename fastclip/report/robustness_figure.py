@@ -47,7 +47,7 @@ class RobustnessPoint:
 
     name: str
     group: str
-    """Points of one group, a run's checkpoints, have one colour."""
+    """A run's checkpoints, drawn in one colour; baselines among others are grey."""
 
     baseline: bool
     """Whether the line was fitted to it, too."""
@@ -99,10 +99,12 @@ def draw_robustness(
         if line:
             x, y = zip(*line, strict=True)
             axis.plot(x, y, color="tab:gray", label="baselines, least squares in logits")
-    groups = list(dict.fromkeys(point.group for point in points))
+    plain = any(not point.baseline for point in points)
+    groups = list(dict.fromkeys(p.group for p in points if not (plain and p.baseline)))
     for point in points:
         x, y = place(point.seen.value), place(point.unseen.value)
-        colour = f"C{groups.index(point.group) % 10}"
+        grey = plain and point.baseline
+        colour = "tab:gray" if grey else f"C{groups.index(point.group) % 10}"
         axis.errorbar(
             x,
             y,
@@ -113,7 +115,8 @@ def draw_robustness(
             capsize=2,
             color=colour,
             elinewidth=0.8,
-            label=point.group,
+            label="baselines" if grey else point.group,
+            zorder=2 if grey else 3,
         )
         if len(points) <= _NAMED:
             axis.annotate(

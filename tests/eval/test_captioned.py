@@ -97,12 +97,24 @@ def test_tables_hold_both_kinds(tmp_path: Path) -> None:
         ["shapes", "de"],
     ]
     assert lines[2].split()[4:7] == ["88.00%", "98.70%", "99.40%"]
-    assert lines[2].endswith("≠ data, scale")
+    assert lines[2].endswith("≠ data, prompt, scale")
     assert "flickr30k: data: 9 test images, the paper's 1,000" in captioned
     assert "Tables 10, 11 and 13" in captioned
     assert summary(rows).startswith("3 data set(s), zero-shot ")
     alone = format_rows(rows[2:], None)
     assert alone.splitlines()[0].split()[:4] == ["data", "set", "captions", "images"]
+
+
+def _paper(**changes: float) -> dict[str, dict[str, dict[str, float]]]:
+    return {"ViT-L-14-336": {"mscoco": {**paper_retrieval()["ViT-L-14-336"]["mscoco"], **changes}}}
+
+
+def test_the_papers_recalls() -> None:
+    (found,) = paper_retrieval().values()
+    assert {name: list(recalls.values()) for name, recalls in found.items()} == {
+        "flickr30k": pytest.approx([1000, 5000, 0.88, 0.987, 0.994, 0.687, 0.906, 0.952]),
+        "mscoco": pytest.approx([5000, 25000, 0.584, 0.815, 0.881, 0.378, 0.624, 0.722]),
+    }
 
 
 def test_the_papers_recalls_are_compared_where_they_can_be(
@@ -112,16 +124,63 @@ def test_the_papers_recalls_are_compared_where_they_can_be(
     (other,) = _run(ALONE, tmp_path, "RN50", True)
     assert other.paper_retrieval is None  # Table 13 has one model
     assert not other.comparable
-    paper = paper_retrieval()["ViT-L-14-336"]["mscoco"]
-    assert paper["text_to_image_r10"] == pytest.approx(0.722)
-    (row,) = _run(ALONE, tmp_path, "ViT-L-14-336", True)
-    assert row.retrieval_differs == ("data: 9 test images, the paper's 5,000",)
+    (row,) = _run(ALONE, tmp_path, "ViT-L-14-336")
+    assert row.retrieval_differs == (
+        "data: 9 test images, the paper's 5,000",
+        "data: 1.0 captions of an image, the paper's 5",
+        "prompt: texts are asked for as {}, in the paper as a photo of {}",
+        "scale: this model is no ViT-L-14-336",
+    )
     assert not row.comparable
-    small = {"ViT-L-14-336": {"mscoco": {**paper, "images": 9.0}}}
-    monkeypatch.setattr(benchmark, "paper_retrieval", lambda: small)
+
+    five = {"captions": "txt", "caption_lines": True, "templates": ["a photo of {}"]}
+    rows = [(key, {**m, "txt": b"\n".join([m["txt"]] * 5)}) for key, m in map(sample, range(9))]
+    write_tar(tmp_path / "mscoco" / "test" / "0.tar", rows)
+    describe(tmp_path / "mscoco", **five)
+    monkeypatch.setattr(benchmark, "paper_retrieval", lambda: _paper(images=9.0))
     (row,) = _run(ALONE, tmp_path, "ViT-L-14-336", True)
     assert row.retrieval_differs == ()
     assert row.comparable
+    for _, members in rows[:2]:
+        del members["txt"]
+    write_tar(tmp_path / "mscoco" / "test" / "0.tar", rows)
+    (row,) = _run(ALONE, tmp_path, "ViT-L-14-336", True)
+    assert (row.images, row.left_out) == (7, 2)
+    assert row.retrieval_differs == ("data: 7 test images, the paper's 9",)
+    assert "mscoco: 2 of the test split left out" in format_rows([row], "ViT-L-14-336")
+
+
+def test_a_description_says_how_texts_are_asked_for(tmp_path: Path) -> None:
+    _write(tmp_path, "shapes", captions="txt", templates=["a blurred {}"], images=23)
+    (row,) = _run(ALONE, tmp_path)
+    shards = str(tmp_path / "shapes" / "test")
+    with torch.no_grad():
+        asked, bare = (
+            retrieval(
+                evaluator(_model(), ALONE), RetrievalTask(name="x", shards=shards, template=each)
+            )
+            for each in ("a blurred {}", "{}")
+        )
+    assert asked != bare
+    assert row.retrieval == {"captions": asked}
+
+
+def test_captions_that_fail_leave_the_others_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, "shapes", captions={"en": "txt", "fr": "json:fr", "de": "json:de"})
+    with (tmp_path / "shapes" / "test" / "0.tar").open("r+b") as shard:
+        shard.truncate(shard.seek(0, 2) - 11_000)  # the last samples are cut off
+    (row,) = _run(ALONE, tmp_path)
+    assert row.retrieval is not None
+    assert list(row.retrieval) == ["en", "de"]
+    assert len(row.failures) == 1
+    assert row.failures[0].startswith("fr: retrieval task fr: no image of")
+    assert row.left_out > 0
+    assert "0.tar" in caplog.text
+    table = format_rows([row], None)
+    assert [line.split()[1] for line in table.splitlines()[1:3]] == ["en", "de"]
+    assert "shapes failed: fr: " in table
 
 
 def test_results_go_into_the_file(tmp_path: Path) -> None:
@@ -148,17 +207,23 @@ def test_a_set_that_cannot_be_read_is_a_row_with_the_reason(tmp_path: Path) -> N
     assert len(b.failures) == 1
     assert str(tmp_path / "b" / "test") in b.failures[0]
     assert not c.failures
-    assert "a failed: retrieval task captions" in format_rows([a, b, c], None)
+    table = format_rows([a, b, c], None)
+    assert "a failed: captions: retrieval task captions" in table
+    assert table.count("–  ") > 3
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"captions": 3}, 'captions are where they stand, "txt" or "json:field"'),
-        ({"captions": {}}, "captions are where they stand"),
-        ({"captions": {"en": ["txt"]}}, "captions are where they stand"),
-        ({"captions": "text"}, "is txt or json:field, not 'text'"),
-        ({"captions": {"a/b": "txt"}}, "has no /"),
+        ({"captions": 3}, 'captions are "txt", "json:field", or several.*, not 3'),
+        ({"captions": None}, "captions are .*, not None"),
+        ({"captions": {}}, "captions are .*; there are none"),
+        ({"captions": {"en": ["txt"]}}, r"captions are .*, not \['txt'\]"),
+        ({"captions": "text"}, "captions are .*, not 'text'"),
+        ({"captions": {"en": "json:"}}, "captions are .*, not 'json:'"),
+        ({"captions": {"a/b": "txt"}}, "a name of captions is not empty and has no /: 'a/b'"),
+        ({"captions": {"": "txt"}}, "a name of captions is not empty"),
+        ({"metric": ["accuracy"]}, r"metric is accuracy, .* not \['accuracy'\]"),
         ({"metric": "accuracy"}, "metric is of labelled data sets; this one has captions"),
         ({"classes": ["a"]}, "classes is of labelled data sets"),
         ({"caption_lines": "yes"}, "caption_lines, .* is true or false, not 'yes'"),
@@ -172,8 +237,19 @@ def test_descriptions_that_say_something_else(
     tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     _write(tmp_path, "shapes", **fields)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         open_dataset(tmp_path, "shapes")
+    assert str(tmp_path / "shapes" / "dataset.json") in str(raised.value)
+
+
+def test_captioned_sets_are_described_and_in_shards(tmp_path: Path) -> None:
+    (tmp_path / "flickr30k" / "test").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no dataset.json: write there where the captions are"):
+        open_dataset(tmp_path, "flickr30k")
+    write_folders(tmp_path / "flickr30k" / "test", images=1)
+    describe(tmp_path / "flickr30k", captions="txt")
+    with pytest.raises(ValueError, match=r"test holds no \*.tar: images and their captions"):
+        open_dataset(tmp_path, "flickr30k")
 
 
 def test_captions_of_one_kind_and_lines_without_captions(tmp_path: Path) -> None:

@@ -188,6 +188,8 @@ def test_unlabelled_samples_are_refused_by_name(tmp_path: Path) -> None:
     [
         ({"metrik": "accuracy"}, r"no field 'metrik' \(did you mean metric\?\)"),
         ({"metric": "acuracy"}, r"not 'acuracy' \(did you mean accuracy\?\)"),
+        ({"metric": ["accuracy"]}, r"metric is accuracy, .*, not \['accuracy'\]"),
+        ({"paper": {}}, r"paper is the name of one of the paper's data sets, not \{\}"),
         ({"title": 3}, "title is a text"),
         ({"unlabelled": "drop"}, "refuse or skip"),
         ({"splits": {"tests": "test"}}, "splits are train, val, test, not 'tests'"),

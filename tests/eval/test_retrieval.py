@@ -17,11 +17,15 @@ from fastclip.data.index import index_shards
 from fastclip.distributed.runtime import Runtime
 from fastclip.eval import retrieval as module
 from fastclip.eval.retrieval import (
+    NEVER,
     RECALL_AT,
+    Images,
+    Pairs,
     RetrievalTask,
     best_ranks,
     embed_images,
     embed_pairs,
+    recall,
     retrieval,
 )
 from fastclip.models.clip import Clip
@@ -73,6 +77,38 @@ def test_best_ranks_equal_a_sort(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     assert best_ranks(queries, candidates, pairs).tolist() == expected
 
 
+def test_texts_may_come_in_any_order_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    right = [(0, 2), (0, 5), (1, 0), (2, 2), (3, 1), (3, 3), (4, 4), (5, 0), (6, 5)]
+    pairs = Pairs(
+        images=Images(
+            index=None,  # type: ignore[arg-type]  # nothing is read
+            numbers=range(7),
+            features=F.normalize(torch.randn(7, 4, generator=generator), dim=1),
+        ),
+        captions=list("abcdef"),
+        texts=F.normalize(torch.randn(6, 4, generator=generator), dim=1),
+        count=9,
+        right=torch.tensor(right),
+    )
+    assert pairs.by_text()[:, 0].tolist() == [0, 0, 1, 2, 2, 3, 4, 5, 5]
+    assert set(map(tuple, pairs.by_text().tolist())) == {(text, image) for image, text in right}
+    whole = recall(pairs, ALONE)
+    order = (pairs.texts @ pairs.images.features.T).argsort(dim=1, descending=True).tolist()
+    first = sum((found[0], text) in right for text, found in enumerate(order)) / 6
+    assert whole["text_to_image_r1"] == pytest.approx(first)
+    monkeypatch.setattr(module, "_CHUNK_SCORES", 7)
+    assert recall(pairs, ALONE) == whole
+
+
+def test_what_is_not_a_number_is_never_right() -> None:
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [float("nan"), 0.0]])
+    queries = torch.tensor([[1.0, 0.0], [0.6, 0.8], [float("nan"), 1.0]])
+    pairs = torch.tensor([[0, 2], [1, 1], [1, 2], [2, 0]])
+    ranks = best_ranks(queries, candidates, pairs).tolist()
+    assert ranks == [NEVER, 0, NEVER]  # of two right ones the number counts
+
+
 def test_collapsed_features_find_nothing() -> None:
     same = torch.ones(4, 3)
     pairs = torch.arange(4)[:, None].expand(4, 2)
@@ -118,7 +154,7 @@ def _definition(model: Clip, folder: Path, captions: list[list[str]], template: 
         order = way.argsort(dim=1, descending=True)
         found = wanted.gather(1, order)
         recalls += [float(found[:, :k].any(dim=1).double().mean()) for k in RECALL_AT]
-    return [*recalls, len(folded), len(texts)]
+    return [*recalls, len(folded), len(texts), sum(map(len, captions))]
 
 
 def _evaluate_captions(runtime: Runtime, folder: Path, template: str) -> dict[str, float]:
@@ -168,7 +204,8 @@ def test_images_without_a_caption_are_left_out_and_said(
     with torch.no_grad():
         found = retrieval(evaluator(_model(), ALONE), task)
         assert (found["images"], found["texts"]) == (1, 1)
-        assert "left out 2 sample(s): {'missing caption': 1, 'broken caption': 1}" in caplog.text
+        said = "left out 2 sample(s): {'missing caption': 1, 'broken caption': 1}"
+        assert f"retrieval task gaps, {tmp_path}: {said}" in caplog.text
         nowhere = replace(task, caption_key="json:nothing")
         with pytest.raises(ValueError, match=r"task gaps: no image of .* caption under json:noth"):
             retrieval(evaluator(_model(), ALONE), nowhere)

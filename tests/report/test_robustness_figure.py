@@ -45,6 +45,7 @@ def test_points_lines_and_names(tmp_path: Path) -> None:
         "two",
         "y = x",
         "run",
+        "baselines",
         "baselines, least squares in logits",
         "accuracy on near, % (logit scale)",
         "accuracy on far, % (logit scale)",
@@ -55,6 +56,11 @@ def test_points_lines_and_names(tmp_path: Path) -> None:
     texts, without = _drawn(tmp_path / "b.svg")
     assert "baselines, least squares in logits" not in texts
     assert without < with_line
+    alone = [_point("one", 0.3, 0.2), _point("two", 0.6, 0.7)]
+    draw_robustness(alone, None, tmp_path / "c.svg", seen="near", unseen="far", note="all fitted")
+    texts, _ = _drawn(tmp_path / "c.svg")
+    assert "run" in texts
+    assert "baselines" not in texts
 
 
 def test_accuracies_of_none_and_all_are_drawn(tmp_path: Path) -> None:
