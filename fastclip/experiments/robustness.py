@@ -176,15 +176,18 @@ def run_robustness(
     tasks = choose_tasks(config, [seen, unseen])
     fitted = {found.resolve() for path in baselines for found in checkpoints_of(path)}
     found = [found for path in (*paths, *baselines) for found in checkpoints_of(path)]
+    named: dict[Path, Path] = {}  # as results name them
+    for path in found:
+        named.setdefault(path.resolve(), path)
     (out / "results").mkdir(parents=True, exist_ok=True)
     runtime = initialise_alone(device, "this experiment")
     models = []
     try:
-        for checkpoint in dict.fromkeys(path.resolve() for path in found):
+        for checkpoint, given in named.items():
             counts = _counts(checkpoint, tasks, config, runtime, out / "results")
             models.append(
                 Measured(
-                    checkpoint=str(checkpoint),
+                    checkpoint=str(given),
                     run=_run_name(checkpoint),
                     baseline=not fitted or checkpoint in fitted,
                     seen=counts[0],

@@ -101,8 +101,11 @@ def test_all_checkpoints_of_all_runs_are_evaluated_once(
 ) -> None:
     logging.getLogger("fastclip").propagate = True
     caplog.set_level(logging.INFO, "fastclip")
-    paths = [runs / "first", runs / "second" / "checkpoints" / "step-00000001"]
+    linked = tmp_path / "linked"
+    linked.symlink_to(runs / "first")
+    paths = [linked, runs / "second" / "checkpoints" / "step-00000001"]
     result = run_robustness(paths, seen="near", unseen="far", out=tmp_path, device="cpu")
+    assert result.models[0].checkpoint == str(linked / "checkpoints" / "step-00000001")  # as given
     assert [(m.run, m.checkpoint[-8:], m.seen.images) for m in result.models] == [
         ("first", "00000001", 24),
         ("first", "00000002", 24),
@@ -122,7 +125,11 @@ def test_all_checkpoints_of_all_runs_are_evaluated_once(
 
     caplog.clear()
     again = run_robustness(
-        [*paths, runs / "second"], seen="near", unseen="far", out=tmp_path, device="cpu"
+        [*paths, runs / "second", runs / "first"],
+        seen="near",
+        unseen="far",
+        out=tmp_path,
+        device="cpu",
     )
     assert not caplog.messages  # all counts were kept, and one checkpoint named twice is one model
     assert again == result
