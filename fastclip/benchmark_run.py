@@ -106,6 +106,7 @@ def evaluate_datasets(
     preset: str | None = None,
     overrides: Sequence[str] = (),
     device: str = "auto",
+    results: Path | None = None,
 ) -> Benchmark:
     """Measure a run's or a checkpoint's model on the data sets below `root`.
 
@@ -115,6 +116,8 @@ def evaluate_datasets(
         only: names of data sets; None for all.
         preset: the paper's model to set beside; None: the one of the same architecture, if any.
         overrides: of the run's config, e.g. ``eval.batch_size=512``.
+        results: file to write after each data set (see `Benchmark.write_json`), so that one that is
+            stopped leaves what it has measured.
 
     Raises:
         FileNotFoundError: there is no checkpoint, no such folder, or no data set in it.
@@ -140,17 +143,25 @@ def evaluate_datasets(
             workers=settings.workers,
             apply_orientation=apply_orientation,
         )
-        rows = run_benchmark(
-            evaluator, root, names=names, protocol=protocol, preset=preset, same_scale=same_scale
-        )
-        return Benchmark(
+        found = Benchmark(
             checkpoint=checkpoint,
             preset=preset,
             same_scale=same_scale,
             protocol=protocol,
-            rows=rows,
+            rows=[],
             is_main=runtime.is_main,
         )
+
+        def keep(rows: list[Row]) -> None:
+            found.rows[:] = rows
+            if results is not None and found.is_main:
+                found.write_json(results)
+
+        run_benchmark(
+            evaluator, root, names=names, protocol=protocol, preset=preset, same_scale=same_scale,
+            measured=keep,
+        )  # fmt: skip
+        return found
     finally:
         shutdown()
 

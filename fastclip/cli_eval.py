@@ -29,7 +29,7 @@ def add_eval_verbs(verbs: Any) -> None:
     evaluate.add_argument("--figure", type=Path, help="draw few-shot beside zero-shot to this file")
     evaluate.add_argument("--preset", help="the paper's model to set beside, e.g. ViT-B-32")
     evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
+    evaluate.add_argument("--json", type=Path, help="write the numbers to this file, too")
     evaluate.add_argument("overrides", nargs="*", metavar="eval.field=value")
     evaluate.set_defaults(run=_eval)
 
@@ -99,10 +99,9 @@ def _eval_datasets(options: argparse.Namespace) -> int:
         preset=options.preset,
         overrides=options.overrides,
         device=options.device,
+        results=options.json,
     )
     if found.is_main:
-        if options.json is not None:
-            found.write_json(options.json)
         print(found.table())
         if options.figure is not None:
             found.draw_few_shot(options.figure)

@@ -142,6 +142,7 @@ def run_benchmark(
     protocol: Protocol,
     preset: str | None,
     same_scale: bool,
+    measured: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """A row for each data set of `names` below `root`; collective, the same on every rank.
 
@@ -151,6 +152,7 @@ def run_benchmark(
         names: from `find_datasets`.
         preset: the paper's model that rows are set beside.
         same_scale: whether the model has that one's architecture.
+        measured: called on each rank after each data set, with the rows so far.
     """
     model = evaluator.model
     training = model.training
@@ -169,6 +171,8 @@ def run_benchmark(
                 rows.append(row)
                 images = f"{row.images:,} images"
                 logger.info("%s: %s, %s, %.1f s", name, images, _outcome(row), row.seconds)
+                if measured is not None:
+                    measured(rows)
     finally:
         model.train(training)
     return rows

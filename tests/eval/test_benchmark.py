@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from evaluating import evaluator
 from fastclip.benchmark_run import Benchmark, evaluate_datasets
 from fastclip.distributed.runtime import Runtime
-from fastclip.eval import layout
+from fastclip.eval import benchmark, layout
 from fastclip.eval.benchmark import Protocol, Row, run_benchmark
 from fastclip.eval.benchmark_table import format_rows
 from fastclip.eval.datasets import paper_datasets
@@ -212,6 +213,32 @@ def test_evaluate_datasets_writes_what_it_measured(tmp_path: Path) -> None:
     assert not compared.same_scale
     assert not compared.failed
     assert "RN50: zero-shot" in compared.table()
+
+
+def test_an_interrupted_benchmark_leaves_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, results = tmp_path / "sets", tmp_path / "results.json"
+    for name in ("a", "b", "c"):
+        write_folders(root / name / "test", images=2)
+        describe(root / name)
+    model = _model()
+    export_weights(model, model.config, tmp_path / "model", layout="fastclip")
+    opened = layout.open_dataset
+
+    def interrupted(root: Path, name: str, *rest: Any) -> Any:
+        if name == "c":
+            raise KeyboardInterrupt
+        return opened(root, name, *rest)
+
+    monkeypatch.setattr(benchmark, "open_dataset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_datasets(
+            tmp_path / "model", root, protocol=Protocol(), device="cpu", results=results
+        )
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["dataset"] for row in rows] == ["a", "b"]
+    assert all(row["zero_shot"] for row in rows)
 
 
 def _value(found: Benchmark, row: int) -> float:
