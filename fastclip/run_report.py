@@ -171,7 +171,7 @@ class _View:
                 shots.pictures(shown), shown, values.tolist(), found.tolist(), strict=True
             )
         ]
-        spread = range(0, len(texts), max(1, len(texts) // _BATCH_PAIRS))[:_BATCH_PAIRS]
+        spread = list(range(0, len(texts), max(1, len(texts) // _BATCH_PAIRS)))[:_BATCH_PAIRS]
         return RetrievalPart(
             name=task.name,
             recall=[
@@ -185,7 +185,7 @@ class _View:
             text_to_image=text_to_image,
             image_to_text=image_to_text,
             similarities=_similarities(
-                pairs, list(spread), [first_image[t] for t in spread], shots
+                pairs, spread, [first_image[text] for text in spread], shots
             ),
         )
 
@@ -249,14 +249,12 @@ def _confusion_matrix(names: Sequence[str], target: Tensor, answer: Tensor) -> M
 
 
 def _similarities(
-    pairs: Pairs, texts: Sequence[int], images: Sequence[int], shots: _Shots
+    pairs: Pairs, texts: list[int], images: list[int], shots: _Shots
 ) -> Matrix | None:
     """Of some texts beside an image of each."""
     if len(texts) < 2:
         return None
-    values = similarity(
-        pairs.texts[list(texts)], pairs.images.features[list(images)], normalize=False
-    )
+    values = similarity(pairs.texts[texts], pairs.images.features[images], normalize=False)
     spread = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-6)
     return Matrix(
         [pairs.captions[text] for text in texts],

@@ -15,13 +15,12 @@ import string
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import index_shards
 from fastclip.data.phrases import can_occur, words
-from fastclip.data.reader import Members, check_caption_key
+from fastclip.data.reader import check_caption_key, read_captions
 
 logger = logging.getLogger("fastclip")
 
@@ -205,8 +204,7 @@ def corpus_texts(corpus: Sequence[str | Path], caption_key: str = "txt") -> Iter
         left_out = len(index.problems)
         for number in range(len(index)):
             try:
-                # The image need not be read.
-                yield from Members(replace(index[number], image=(-1, 0))).captions(caption_key)
+                yield from read_captions(index[number], caption_key)
             except BadSampleError:
                 left_out += 1
         if left_out:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from fastclip.data.decode import BadSampleError
@@ -18,19 +19,22 @@ WHOLE_FILE = 0
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 
 
+def is_caption_key(key: object) -> bool:
+    """Whether `key` says where captions are: "txt" or "json:field"."""
+    return key == "txt" or (isinstance(key, str) and key.startswith("json:") and key != "json:")
+
+
 def check_caption_key(key: str, name: str) -> None:
-    """Whether `key` says where captions are: "txt" or "json:field".
-
-    Args:
-        name: what errors call it.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError, calling it `name`, unless `key` says where captions are."""
     if key == "json:":
         raise ValueError(f"{name}=json: lacks the field's name: json:caption")
-    if key != "txt" and not key.startswith("json:"):
+    if not is_caption_key(key):
         raise ValueError(f"{name} is txt or json:field, not {key!r}")
+
+
+def read_captions(sample: Sample, caption_key: str) -> list[str]:
+    """As `Members.captions`, without reading the image."""
+    return Members(replace(sample, image=(-1, 0))).captions(caption_key)
 
 
 class Members:

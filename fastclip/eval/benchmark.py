@@ -253,10 +253,9 @@ def _retrieve(
         return
     row.images = max(int(numbers["images"]) for numbers in row.retrieval.values())
     row.left_out = len(dataset.source) - row.images + len(dataset.source.problems)
-    paper = None if preset is None else paper_retrieval().get(preset, {}).get(dataset.name)
-    if preset is not None and paper is not None:
+    if preset is not None and (paper := paper_retrieval().get(preset, {}).get(dataset.name)):
         row.paper_retrieval = paper
-        differs = [*_caption_differences(dataset, row.retrieval, paper)]
+        differs = _caption_differences(dataset, row.retrieval, paper)
         row.retrieval_differs = (*differs, *_scale_differs(preset, same_scale))
 
 

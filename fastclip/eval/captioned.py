@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastclip.data.index import ShardIndex, index_shards
+from fastclip.data.reader import is_caption_key
 from fastclip.eval.retrieval import RetrievalTask
 
 CAPTION_FIELDS = ("title", "captions", "caption_lines", "templates", "splits", "note")
@@ -50,12 +50,11 @@ def check_captioned(content: Mapping[str, Any], path: Path) -> None:
     for name in content:
         if name not in CAPTION_FIELDS:
             raise ValueError(f"{path}: {name} is of labelled data sets; this one has captions")
-    captions = content["captions"]
-    named = captions if isinstance(captions, dict) else {ONLY_CAPTIONS: captions}
+    named = _named(content["captions"])
     for name, key in named.items():
         if not name or "/" in name:
             raise ValueError(f"{path}: a name of captions is not empty and has no /: {name!r}")
-        if key != "txt" and not (isinstance(key, str) and re.fullmatch("json:.+", key, re.DOTALL)):
+        if not is_caption_key(key):
             raise ValueError(f"{path}: captions {_FORM}, not {key!r}")
     if not named:
         raise ValueError(f"{path}: captions {_FORM}; there are none")
@@ -77,9 +76,6 @@ def open_captioned(folder: Path, about: Mapping[str, Any], shards: str) -> Capti
     Raises:
         FileNotFoundError, ValueError: see `index_shards`.
     """
-    captions = about["captions"]
-    if isinstance(captions, str):
-        captions = {ONLY_CAPTIONS: captions}
     (template,) = about.get("templates", ["{}"])
     return CaptionedDataset(
         name=folder.name,
@@ -93,7 +89,12 @@ def open_captioned(folder: Path, about: Mapping[str, Any], shards: str) -> Capti
                 caption_lines=about.get("caption_lines", False),
                 template=template,
             )
-            for name, key in captions.items()
+            for name, key in _named(about["captions"]).items()
         },
         note=about.get("note", ""),
     )
+
+
+def _named(captions: Any) -> dict[str, Any]:
+    """By their names."""
+    return captions if isinstance(captions, dict) else {ONLY_CAPTIONS: captions}

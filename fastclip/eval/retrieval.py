@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import ShardIndex, index_shards
 from fastclip.data.quarantine import Quarantine
-from fastclip.data.reader import Members, caption_id, check_caption_key
+from fastclip.data.reader import caption_id, check_caption_key, read_captions
 from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.distributed.runtime import Runtime
@@ -200,7 +200,7 @@ def _read_captions(runtime: Runtime, task: RetrievalTask, images: Images) -> lis
     for number in images.numbers[runtime.rank :: runtime.world_size]:
         sample = images.index[number]
         try:
-            texts = Members(replace(sample, image=(-1, 0))).captions(task.caption_key)
+            texts = read_captions(sample, task.caption_key)
         except BadSampleError as error:
             bad.bad(sample, error)
             texts = []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip.distributed.collectives import all_gather_rows
+from fastclip.distributed.runtime import Runtime
 from fastclip.eval.evaluator import Evaluator
 from fastclip.tokenizer.packing import PackedTokens
 
@@ -15,10 +16,11 @@ _MULTIPLE = 256
 """Of a GPU's packed tokens, so that what is compiled or replayed as a graph sees few shapes."""
 
 
-def shares(count: int, world_size: int) -> list[int]:
-    """How many of `count` things in a row each rank has: all as many, but for the last ones."""
-    share = -(-count // world_size)
-    return [max(0, min(share, count - rank * share)) for rank in range(world_size)]
+def own_share(texts: Sequence[str], runtime: Runtime) -> tuple[Sequence[str], list[int]]:
+    """This rank's part of the texts, and how many each rank has: all as many, but the last ones."""
+    share = -(-len(texts) // runtime.world_size)
+    sizes = [max(0, min(share, len(texts) - r * share)) for r in range(runtime.world_size)]
+    return texts[runtime.rank * share : (runtime.rank + 1) * share], sizes
 
 
 def text_features(evaluator: Evaluator, texts: Sequence[str]) -> Tensor:
@@ -27,11 +29,8 @@ def text_features(evaluator: Evaluator, texts: Sequence[str]) -> Tensor:
     Args:
         texts: the same on every rank, at least one.
     """
-    runtime = evaluator.runtime
-    sizes = shares(len(texts), runtime.world_size)
-    first = sum(sizes[: runtime.rank])
-    own = own_text_features(evaluator, texts[first : first + sizes[runtime.rank]], max(sizes))
-    return all_gather_rows(own, sizes)
+    own, sizes = own_share(texts, evaluator.runtime)
+    return all_gather_rows(own_text_features(evaluator, own, max(sizes)), sizes)
 
 
 def own_text_features(evaluator: Evaluator, texts: Sequence[str], most: int) -> Tensor:

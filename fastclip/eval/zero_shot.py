@@ -19,7 +19,7 @@ from fastclip.data.remote import shown
 from fastclip.distributed.collectives import all_gather_objects, all_gather_rows
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.prompts import check_templates, fill, imagenet_templates
-from fastclip.eval.texts import own_text_features, shares
+from fastclip.eval.texts import own_share, own_text_features
 from fastclip.ops.similarity import similarity
 
 
@@ -129,10 +129,7 @@ def build_classifier(
     A class's feature is the mean of its prompts' normalised features, normalised again ("ensembled
     in embedding space"). The ranks share the classes.
     """
-    runtime = evaluator.runtime
-    sizes = shares(len(names), runtime.world_size)
-    first = sum(sizes[: runtime.rank])
-    own = names[first : first + sizes[runtime.rank]]
+    own, sizes = own_share(names, evaluator.runtime)
     texts = [text for name in own for text in fill(templates, name)]
     prompts = own_text_features(evaluator, texts, max(sizes) * len(templates))
     prompts = prompts.view(len(own), len(templates), prompts.shape[1])

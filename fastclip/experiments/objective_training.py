@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastclip.config import TrainConfig, to_dict
 from fastclip.data.index import index_shards
 from fastclip.data.loader import TrainLoader
-from fastclip.data.reader import Members
+from fastclip.data.reader import read_captions
 from fastclip.data.rewriting import write_text
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.experiments.objective_models import (
@@ -302,7 +302,7 @@ def training_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> Vocabulary
     captions = [
         caption
         for number in range(len(index))
-        for caption in Members(index[number]).captions(config.data.caption_key)
+        for caption in read_captions(index[number], config.data.caption_key)
     ]
     rows, lengths = tokenizer.encode_batch(captions)
     inside = torch.arange(rows.shape[1]) < lengths[:, None]

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastclip.config import TrainConfig, load_config
 from fastclip.data.decode import BadSampleError
 from fastclip.data.index import CAPTION_EXTENSION, METADATA_EXTENSION, index_shards
-from fastclip.data.reader import Members
+from fastclip.data.reader import read_captions
 from fastclip.eval.zero_shot import ZeroShotTask
 from fastclip.experiments.scaling_groups import GroupTask
 from fastclip.models.config import ClipConfig, ResNetConfig, TextConfig
@@ -188,7 +188,7 @@ def text_lengths(config: TrainConfig) -> list[int]:
     captions = []
     for number in range(len(index)):
         try:
-            captions.append(Members(index[number]).captions(key)[0])
+            captions.append(read_captions(index[number], key)[0])
         except BadSampleError:
             continue
     if not captions:

@@ -99,11 +99,11 @@ def draw_robustness(
         if line:
             x, y = zip(*line, strict=True)
             axis.plot(x, y, color="tab:gray", label="baselines, least squares in logits")
-    plain = any(not point.baseline for point in points)
-    groups = list(dict.fromkeys(p.group for p in points if not (plain and p.baseline)))
+    mixed = any(not point.baseline for point in points)
+    groups = list(dict.fromkeys(p.group for p in points if not (mixed and p.baseline)))
     for point in points:
         x, y = place(point.seen.value), place(point.unseen.value)
-        grey = plain and point.baseline
+        grey = mixed and point.baseline
         colour = "tab:gray" if grey else f"C{groups.index(point.group) % 10}"
         axis.errorbar(
             x,
