@@ -28,6 +28,7 @@ from torch import Tensor
 _CHUNK_SCORES = 2**23  # scores in memory at once: 32 MiB, and as much for their exponentials
 _HISTORY = 10  # as scipy, and so scikit-learn, has it
 _LINE_STEPS = 30
+_NEGLIGIBLE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -163,32 +164,16 @@ class LogisticRegression:
     def _loss(self, weights: Tensor) -> tuple[float, Tensor]:
         """Sum of the losses, and its gradient fp64 [r + 1, columns], the bias's last.
 
-        Products run in fp32. Residuals keep their relative precision where they vanish: a target's
-        is minus the sum of the other classes' probabilities, not a difference from 1.
+        Products run in fp32.
         """
         weight, bias = weights[:-1].float(), weights[-1].float()
         rows = max(1, _CHUNK_SCORES // weights.shape[1])
+        slopes = softmax_slopes if self._softmax else sigmoid_slopes
         loss, gradient = 0.0, torch.zeros_like(weights)
         for begin in range(0, self._examples, rows):
             part = self._rotated[begin : begin + rows]
             target = self._target[begin : begin + rows]
-            scores = torch.addmm(bias, part, weight)
-            if self._softmax:
-                place = target[:, None]
-                residual = scores.softmax(dim=1)
-                right = residual.gather(1, place).double()
-                others = residual.scatter_(1, place, 0.0).sum(dim=1, keepdim=True)
-                residual.scatter_(1, place, -others)
-                wrong = others.double()
-                losses = torch.where(wrong < 0.5, -torch.log1p(-wrong), -right.log())
-                far = right == 0.0  # underflow: the logarithm is in the scores
-                if bool(far.any()):
-                    exact = scores.logsumexp(dim=1, keepdim=True) - scores.gather(1, place)
-                    losses = torch.where(far, exact.double(), losses)
-            else:
-                against = torch.where(target, -scores, scores)
-                losses = F.softplus(against)
-                residual = torch.where(target, -against.sigmoid(), against.sigmoid())
+            losses, residual = slopes(torch.addmm(bias, part, weight), target)
             loss += float(losses.sum(dtype=torch.float64))
             gradient[:-1] += part.T @ residual
             gradient[-1] += residual.sum(dim=0, dtype=torch.float64)
@@ -286,6 +271,42 @@ def _times_inverse(steps: list[tuple[Tensor, Tensor, float]], gradient: Tensor) 
     for (step, change, curvature), share in zip(steps, reversed(shares), strict=True):
         result += (share - float((change * result).sum()) / curvature) * step
     return result
+
+
+def softmax_slopes(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies fp64 [N, 1] of scores fp32 [N, C] and classes int64 [N], and their slopes.
+
+    The slopes, probabilities less one at the target, keep their relative precision where they
+    vanish: the target's is minus the sum of the others, not a difference from 1. See `_flushed`.
+    """
+    place = target[:, None]
+    slopes = scores.softmax(dim=1)
+    right = slopes.gather(1, place).double()
+    others = slopes.scatter_(1, place, 0.0).sum(dim=1, keepdim=True)
+    slopes.scatter_(1, place, -others)
+    wrong = others.double()
+    losses = torch.where(wrong < 0.5, -torch.log1p(-wrong), -right.log())
+    far = right < _NEGLIGIBLE  # underflow takes digits first: the logarithm is in the scores
+    if bool(far.any()):
+        exact = scores.logsumexp(dim=1, keepdim=True) - scores.gather(1, place)
+        losses = torch.where(far, exact.double(), losses)
+    return losses, _flushed(slopes)
+
+
+def sigmoid_slopes(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic losses fp32 [N, C] of scores and bool targets [N, C], and their slopes, likewise."""
+    against = torch.where(target, -scores, scores)
+    wrong = against.sigmoid()
+    return F.softplus(against), _flushed(torch.where(target, -wrong, wrong))
+
+
+def _flushed(slopes: Tensor) -> Tensor:
+    """Slopes without those that no optimum depends on.
+
+    Where penalties are weak most are subnormal, and so are their products with features: a CPU
+    takes many times as long for sums of them.
+    """
+    return F.hardshrink(slopes, _NEGLIGIBLE)
 
 
 def check_examples(features: Tensor, labels: Tensor, classes: int) -> None:

@@ -23,6 +23,8 @@ from fastclip.models.text import TextTransformer
 from fastclip.models.vit import VisionTransformer
 from fastclip.tokenizer.packing import PackedTokens
 
+_MOST_VERSIONS = 64
+
 
 class ClipOutput(NamedTuple):
     """What `Clip.forward` returns; everything in fp32 (fp64 from a model in fp64)."""
@@ -217,6 +219,11 @@ class Clip(nn.Module):
         blocks = [m for m in self.modules() if isinstance(m, ResidualBlock | Bottleneck)]
         for module in whole if parts == "towers" else blocks:
             module.compile(mode=mode)
+        # Of the one function that blocks of both towers share there are versions for images and
+        # texts, the last row, gradients or none, training and evaluation, sizes fixed or free:
+        # more than the 8 after which torch leaves what is new uncompiled.
+        limit = max(torch._dynamo.config.recompile_limit, _MOST_VERSIONS)
+        torch._dynamo.config.recompile_limit = limit
 
     def use_apex_layer_norm(self) -> None:
         """Normalise layers by NVIDIA apex's kernel.

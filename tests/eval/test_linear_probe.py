@@ -9,13 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression as Oracle
 from torch import Tensor
 
 from fastclip.eval import linear_probe as module
 from fastclip.eval.features import Features
 from fastclip.eval.linear_probe import linear_probe, search_strength, split, strength_at
-from fastclip.eval.logistic_regression import Classifier, LogisticRegression, minimise_convex
+from fastclip.eval.logistic_regression import (
+    Classifier,
+    LogisticRegression,
+    minimise_convex,
+    sigmoid_slopes,
+    softmax_slopes,
+)
 
 STRENGTHS = (1e-2, 1.0, 1e3)
 
@@ -247,3 +254,27 @@ def test_bad_input() -> None:
         linear_probe(good, None, good, metric=lambda scores, labels: math.nan)
     with pytest.raises(ValueError, match="none can be held out"):
         linear_probe(features(x[:3], torch.arange(3)), None, good, metric=accuracy)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
+def test_slopes_keep_their_precision_and_hold_no_subnormal_numbers(spread: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = spread * torch.randn(200, 12, generator=generator)
+    target = torch.randint(12, (200,), generator=generator)
+    one_hot = F.one_hot(target, 12).bool()
+    wide = scores.double()
+
+    losses, slopes = softmax_slopes(scores, target)
+    expected = wide.softmax(dim=1).masked_fill(one_hot, 0.0)
+    expected = torch.where(one_hot, -expected.sum(dim=1, keepdim=True), expected)
+    torch.testing.assert_close(slopes.double(), expected, rtol=1e-4, atol=1e-30)
+    assert not bool(((slopes != 0) & (slopes.abs() < 1e-30)).any())
+    reference = F.cross_entropy(wide, target, reduction="none")[:, None]
+    torch.testing.assert_close(losses, reference, rtol=1e-4, atol=1e-12)
+
+    losses, slopes = sigmoid_slopes(scores, one_hot)
+    against = torch.where(one_hot, -wide, wide)
+    expected = torch.where(one_hot, -against.sigmoid(), against.sigmoid())
+    torch.testing.assert_close(slopes.double(), expected, rtol=1e-4, atol=1e-30)
+    assert not bool(((slopes != 0) & (slopes.abs() < 1e-30)).any())
+    torch.testing.assert_close(losses.double(), F.softplus(against), rtol=1e-4, atol=1e-30)

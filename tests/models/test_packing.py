@@ -1,12 +1,7 @@
-"""What is left out of the towers' arithmetic changes nothing: padding, all but one last row.
-
-The measure is the losses' (relative, against fp64); what is compared is every feature and the
-gradient of every parameter.
-"""
+"""What is left out of the towers' arithmetic changes nothing: padding, all but one last row."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -14,72 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compared_towers import LENGTHS, model, pixels, plainly, run, token_rows, worst
 from fastclip.models.attention import AttentionConfig, AttentionImpl, attend, choose
-from fastclip.models.clip import Clip
-from fastclip.models.config import ClipConfig, TextConfig, ViTConfig
 from fastclip.tokenizer.packing import PackedTokens, Segments
-
-END = 95
-CONFIG = ClipConfig(
-    embed_dim=24,
-    vision=ViTConfig(image_size=32, patch_size=8, width=48, layers=3, heads=3),
-    text=TextConfig(context_length=77, vocab_size=96, width=64, heads=2, layers=3),
-)
-LENGTHS = (3, 77, 2, 9, 9, 12, 3, 1, 30, 3)
-
-Gradients = dict[str, Tensor]
-
-
-def model() -> Clip:
-    torch.manual_seed(0)
-    made = Clip(CONFIG).train()
-    with torch.no_grad():
-        for parameter in made.parameters():  # biases and gains too are alive
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return made
-
-
-def token_rows(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(1, END, (len(lengths), 77), dtype=torch.int32, generator=generator)
-    for row, length in zip(rows, lengths, strict=True):
-        row[length - 1] = END
-        row[length:] = 0
-    return rows
-
-
-def pixels() -> Tensor:
-    shape = (len(LENGTHS), 3, 32, 32)
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2)).byte()
-
-
-def run(clip: Clip, tokens: Tensor | PackedTokens | None, images: Tensor | None = None):
-    """Features of a tower, and the gradients of a scalar in which all of them count differently."""
-    output = clip(images, tokens, normalize=False)
-    features = output.text_features if images is None else output.image_features
-    weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).reshape(features.shape)
-    (features * weights.to(features.device)).sum().backward()
-    gradients = {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}
-    return features.detach(), gradients
-
-
-def worst(ours: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> float:
-    (features, gradients), (right, right_gradients) = ours, expected
-    assert gradients.keys() == right_gradients.keys()
-    whole = math.sqrt(sum(float(g.double().norm()) ** 2 for g in right_gradients.values()))
-    pairs = [(gradients[name], g) for name, g in right_gradients.items()]
-    errors = [float((features.double().cpu() - right).norm() / right.norm())]
-    for gradient, g in pairs:
-        difference = float((gradient.double().cpu() - g).norm())
-        errors.append(difference / max(float(g.norm()), 1e-6 * whole))
-    return max(errors)
-
-
-def plainly(**inputs: Tensor) -> tuple[Tensor, Gradients]:
-    """In fp64, all positions through all blocks."""
-    clip = model().double()
-    clip.set_attention(AttentionConfig(impl="sdpa", last_row=False))
-    return run(clip, inputs.get("tokens"), inputs.get("images"))
 
 
 @pytest.mark.parametrize("last_row", [False, True])
@@ -283,45 +215,3 @@ def test_filling_up_changes_nothing(multiple: int):
         error = worst(run(clip, packed), plainly(tokens=rows))
         print(f"filled to {packed.ids.numel()}, last row {last_row}: {error:.1e}")
         assert error < 1e-5
-
-
-@pytest.mark.parametrize("parts", ["blocks", "towers"])
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_compiled_parts_compute_the_same(parts, recompute):
-    """The same features and gradients; new lengths compile nothing once they have varied."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    rows = token_rows()
-    clip = model()
-    clip.set_activation_checkpointing(vision=recompute, text=recompute)
-    clip.compile_parts(parts)
-    assert worst(run(clip, PackedTokens.pack(rows)), plainly(tokens=rows)) < 1e-5
-    clip.zero_grad()
-    assert worst(run(clip, None, pixels()), plainly(images=pixels())) < 1e-5
-    assert list(clip.state_dict()) == list(model().state_dict())
-    compiled = []
-    for lengths in ((4, 5, 6), (2, 2, 2, 7, 9), (50, 3, 1, 1), (70, 8)):
-        run(clip, PackedTokens.pack(token_rows(lengths)))
-        compiled.append(torch._dynamo.utils.counters["frames"]["ok"])
-    assert compiled[0] > 0
-    assert len(set(compiled[1:])) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("parts", ["blocks", "towers"])
-def test_graphs_compute_the_same(parts):
-    """In bf16, and no further from fp64 than eager; steps of other lengths in between."""
-    rows = token_rows()
-    expected = plainly(tokens=rows)
-    errors = []
-    for compiled in ("none", parts):
-        torch._dynamo.reset()
-        clip = model().cuda()
-        clip.autocast_dtype = torch.bfloat16
-        clip.compile_parts(compiled, cuda_graphs=True)
-        for lengths in (None, None, (5, 6, 70), None, (2, 2), None):  # warm-up, record, replay
-            clip.zero_grad()
-            packed = PackedTokens.pack(token_rows(lengths) if lengths else rows, multiple=64)
-            result = run(clip, packed.to(torch.device("cuda")))
-        errors.append(worst(result, expected))
-    assert errors[1] < 1.2 * errors[0]
