@@ -34,8 +34,14 @@ SCALES = (1.0, 14.285714, 100.0)
 CAPS = {"fp32": 1e-4, "bf16": 2e-3, "fp16": 2e-3}
 """Gradients' largest relative errors for unit features, where the loss is above 0.05."""
 
-ROUNDING = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 1e-4}
+KEPT_CAP = 3e-3
+"""The same in bf16 where exponentials are kept: these, G and the result are each rounded once."""
+
+ROUNDING = {"fp32": 5e-6, "bf16": 1e-4, "fp16": 1e-4}
 """Allowed in any case, should the plain path be right by luck."""
+
+HALF_STEP = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+"""What rounding takes from a number, at most, relative to it."""
 
 LOSS_CAP = 1e-5
 """The loss's, under the same conditions."""
@@ -67,19 +73,27 @@ def check(
 
     Errors are at most 1.5 times the plain torch path's in the same dtype, and under a cap where the
     loss is not close to 0. Lengths have no cap: in half precision, unit features are rounded before
-    they are multiplied, and long features' gradients underflow.
+    they are multiplied, and long features' gradients underflow. There the loss may be off by what
+    rounding changes in an entry of S: the plain path is nearer by luck.
     """
     operands = make_operands(case, definition.bias, device)
     expected = losses.expectation(definition, case, operands)
     theirs = accuracy.errors(expected, *autograd_step(plain, case)(operands))
     assert theirs.gradient is not None
-    limit = max(1.5 * theirs.gradient, ROUNDING[case.dtype])
+    uncapped = max(1.5 * theirs.gradient, ROUNDING[case.dtype])
     loss_limit = max(1.5 * theirs.loss, LOSS_CAP)
-    if expected.loss > 0.05 and not case.normalize:
-        limit, loss_limit = min(limit, CAPS[case.dtype]), LOSS_CAP
+    if case.normalize:
+        entry = HALF_STEP[case.dtype] * case.scale / case.dims**0.5
+        loss_limit = max(loss_limit, entry / expected.loss)
+    capped = expected.loss > 0.05 and not case.normalize
+    if capped:
+        loss_limit = LOSS_CAP
     for provider in benchmark.providers:
         if not provider.name.startswith("fastclip") or not provider.accepts(case):
             continue
+        kept = case.dtype == "bf16" and provider.name != "fastclip"
+        cap = KEPT_CAP if kept else CAPS[case.dtype]
+        limit = min(uncapped, cap) if capped else uncapped
         mine = accuracy.errors(expected, *provider.build(case)(operands))
         assert mine.gradient is not None
         # NaN is not less than anything, and so does not pass.
@@ -103,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="few shapes, as a sanitizer wants them"
     )
+    parser.add_argument(
+        "--no-judge", action="store_true", help="only launch: errors are rows, and fail nothing"
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--dirty", action="store_true", help="the files differ from the commit")
@@ -125,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"FAILED {case}: {row}")
             rows.write({**stamp.columns(), **row})
     print(f"check_kernels: {done} checked, {failed} above their limit")
-    return int(failed > 0)
+    return int(failed > 0 and not options.no_judge)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ from fastclip.kernels.tiling import (
 REPAIR_TILES = 16
 """Tiles that one program of a repair looks through."""
 
+SUMMARY_COLUMNS = 256
+"""Of one program: its double precision is what takes time, on many multiprocessors less."""
+
 DOT_ROWS = 16
 """Rows of a program that sums dot products."""
 
@@ -177,16 +180,17 @@ def contrastive_summary(
 ) -> ContrastiveSummary:
     """Between the passes; `reference.contrastive_summary` (no fp64)."""
     rows, count = others_of_row.shape[0], others_of_column.shape[0]
-    loss, own_entry = gap.new_empty(()), gap.new_empty(rows)
+    own_entry, programs = gap.new_empty(rows), triton.cdiv(count, SUMMARY_COLUMNS)
+    partial = gap.new_empty(programs, dtype=torch.float64)
     row_terms, column_terms = gap.new_empty((2, rows)), gap.new_empty((2, count))
-    summary_kernel[(1,)](
+    summary_kernel[(programs,)](
         others_of_row, others_of_column, product_of_column, scale.float().reshape(()), gap,
         gap if own_target is None else own_target,
-        loss, *row_terms, *column_terms, own_entry, rows, count, row_offset,
+        partial, *row_terms, *column_terms, own_entry, rows, count, row_offset,
         pair_count or count,
-        HAS_TARGET=own_target is not None, BLOCK=1024, num_warps=8,
+        HAS_TARGET=own_target is not None, BLOCK=SUMMARY_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return ContrastiveSummary(loss, row_terms, column_terms, own_entry)
+    return ContrastiveSummary(partial.sum().float(), row_terms, column_terms, own_entry)
 
 
 def contrastive_products(
@@ -229,7 +233,8 @@ def contrastive_products(
     # S is not at hand where E was kept: the scale's gradient then comes from a tower's products.
     rows_too = need_rows or (kept > 0 and not need_columns)
     products = ProductsWithG(rows, columns, rows_too, need_columns, gain)
-    partials, held = [product.new_empty(0)], 0
+    of_scale: list[Tensor] = []
+    held = 0
     for block in blocks(total, count, block_elements):
         height, width = block.shape
         tiles = triton.cdiv(height, tile.block_m), triton.cdiv(width, tile.block_n)
@@ -255,19 +260,26 @@ def contrastive_products(
             )  # fmt: skip
         else:
             tiles = triton.cdiv(height, narrow.block_m), triton.cdiv(width, narrow.block_n)
-            partials.append(product.new_empty(tiles[0] * tiles[1]))
+            of_tiles = product.new_empty(tiles[0] * tiles[1])
             gradient_kernel[tiles](
-                chunk, others, scale, *terms, *ids, gradient, partials[-1], *shape,
+                chunk, others, scale, *terms, *ids, gradient, of_tiles, *shape,
                 label_smoothing, pairs, gain, **_gemm_options(narrow, dims), **targets,
             )  # fmt: skip
+            of_scale.append(of_tiles)
+            if total * count > height * width:  # many blocks have too many tiles for one program
+                of_scale[-1] = of_tiles.sum(dtype=torch.float64, dim=0, keepdim=True)
         products.add(gradient, block)
+        del gradient  # or the next block would be made beside it
         held += height * width
     of_rows, of_columns = products.finish()
     if kept and of_rows is not None:
-        partials = [_dots(rows, of_rows)]
+        partial = _dots(rows, of_rows)
     elif kept and of_columns is not None:
-        partials = [_dots(columns, of_columns)]
-    partial = torch.cat(partials) if len(partials) > 2 else partials[-1]
+        partial = _dots(columns, of_columns)
+    else:
+        partial = product.new_empty(0)
+        if of_scale:
+            partial = torch.cat(of_scale) if len(of_scale) > 1 else of_scale[0]
     d_scale = product.new_empty(())
     scale_kernel[(1,)](
         partial, own_entry, product, upstream, d_scale, partial.numel(), total, 0.5 / pairs,

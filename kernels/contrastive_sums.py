@@ -105,7 +105,7 @@ def summary_kernel(
     scale,
     gap,
     own_target,
-    loss,
+    loss_partial,
     row_power,
     row_weight,
     column_power,
@@ -118,33 +118,31 @@ def summary_kernel(
     HAS_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and terms, by a single program: O(N) work, and its sum has one order."""
+    """Terms of a few columns and of the rows that they belong to, and their part of the loss."""
     s = tl.load(scale)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, column_count, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        inside = column < column_count
-        own = (tl.load(product_of_column + column, mask=inside, other=0.0) * s).to(tl.float64)
-        of_column = tl.load(others_of_column + column, mask=inside, other=0.0)
-        column_share = _share(of_column - own)
-        power, weight = _power_and_weight(of_column, column_share)
-        tl.store(column_power + column, power, mask=inside)
-        tl.store(column_weight + column, weight, mask=inside)
-        row = column - row_offset
-        mine = inside & (row >= 0) & (row < row_count)
-        of_row = tl.load(others_of_row + row, mask=mine, other=0.0)
-        row_share = _share(of_row - own)
-        power, weight = _power_and_weight(of_row, row_share)
-        tl.store(row_power + row, power, mask=mine)
-        tl.store(row_weight + row, weight, mask=mine)
-        entry = -(row_share + column_share).to(tl.float32)
-        if HAS_TARGET:
-            entry += 2.0 * (1.0 - tl.load(own_target + row, mask=mine, other=1.0))
-        tl.store(own_entry + row, entry, mask=mine)
-        pair = (_log1p_exp(of_row - own) + _log1p_exp(of_column - own)) / 2
-        pair += tl.load(gap + row, mask=mine, other=0.0).to(tl.float64)
-        total += tl.where(mine, pair, 0.0)
-    tl.store(loss, (tl.sum(total) / pair_count).to(tl.float32))
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < column_count
+    own = (tl.load(product_of_column + column, mask=inside, other=0.0) * s).to(tl.float64)
+    of_column = tl.load(others_of_column + column, mask=inside, other=0.0)
+    column_share = _share(of_column - own)
+    power, weight = _power_and_weight(of_column, column_share)
+    tl.store(column_power + column, power, mask=inside)
+    tl.store(column_weight + column, weight, mask=inside)
+    row = column - row_offset
+    mine = inside & (row >= 0) & (row < row_count)
+    of_row = tl.load(others_of_row + row, mask=mine, other=0.0)
+    row_share = _share(of_row - own)
+    power, weight = _power_and_weight(of_row, row_share)
+    tl.store(row_power + row, power, mask=mine)
+    tl.store(row_weight + row, weight, mask=mine)
+    entry = -(row_share + column_share).to(tl.float32)
+    if HAS_TARGET:
+        entry += 2.0 * (1.0 - tl.load(own_target + row, mask=mine, other=1.0))
+    tl.store(own_entry + row, entry, mask=mine)
+    pair = (_log1p_exp(of_row - own) + _log1p_exp(of_column - own)) / 2
+    pair += tl.load(gap + row, mask=mine, other=0.0).to(tl.float64)
+    total = tl.sum(tl.where(mine, pair, 0.0))
+    tl.store(loss_partial + tl.program_id(0), total / pair_count)
 
 
 @triton.jit

@@ -165,6 +165,7 @@ def sigmoid_products(
             rows, columns, scale, bias, row_offset, row_ids, column_ids, block, gradient
         )
         products.add(gradient, block)
+        del gradient  # or the next block would be made beside it
     own_entry = -torch.sigmoid(-(scale * product + bias))
     loss, d_scale, d_bias = (sums / (pair_count or count)).float()
     return SigmoidProducts(loss, *products.finish(), d_scale, d_bias, own_entry)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.kernels import contrastive, pairs, reference, sigmoid
+from fastclip.kernels.tiling import ProductsWithG
 from fastclip.losses import clip_loss, siglip_loss
 from fastclip.ops.contrastive import (
     contrastive_products,
@@ -45,6 +47,7 @@ SHAPES = (
     (34, 66, 768, 32, False, 0.2),
     (33, 33, 1024, 0, False, 0.0),
     (33, 40, 1152, 7, True, 0.05),
+    (20, 300, 16, 275, True, 0.0),
 )
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -279,6 +282,31 @@ def nan_in_nan_out() -> bool:
     return bool(loss.isnan() and other.isnan())
 
 
+def most_blocks_alive() -> int:
+    """How many blocks of G there are at once, over both losses."""
+    alive: set[int] = set()
+    most = [0]
+    plain = ProductsWithG.add
+
+    def counted(self: ProductsWithG, gradient: Tensor, block: Any) -> None:
+        alive.add(id(gradient))
+        weakref.finalize(gradient, alive.discard, id(gradient))
+        most[0] = max(most[0], len(alive))
+        plain(self, gradient, block)
+
+    image, text = (x.float() for x in features(300, 8))
+    ones, scale, bias = torch.ones(300), torch.tensor(5.0), torch.tensor(-2.0)
+    common = (image, text, scale, (image * text).sum(1), ones, ones)
+    blocks: dict[str, Any] = {"block_elements": 128 * 128}
+    ProductsWithG.add = counted
+    row, column, gap, kept = contrastive.contrastive_statistics(*common, **blocks)
+    summary = contrastive.contrastive_summary(row, column, common[3], scale, gap, None)
+    contrastive.contrastive_products(*common, *summary[1:], kept, torch.tensor(1.0), **blocks)
+    sigmoid.sigmoid_products(image, text, scale, bias, common[3], **blocks)
+    ProductsWithG.add = plain
+    return most[0]
+
+
 def operators() -> bool:
     """torch.library's own checks of schema and fake implementation, for each operator."""
     image, text = (x.float() for x in features(9, 6))
@@ -366,6 +394,7 @@ def main() -> None:
     report["losses"] = whole_losses()
     report["extremes"] = extremes()
     report["nan"] = nan_in_nan_out()
+    report["blocks alive"] = most_blocks_alive()
     print(json.dumps(report))
 
 

@@ -45,17 +45,20 @@ class _ClipLoss(torch.autograd.Function):
         with torch.autocast(image_features.device.type, enabled=False):
             stripe = contrastive_stripe(image_features, text_features, logit_scale, ids, settings)
             loss = stripe.forward(keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(image_features, text_features, logit_scale, ids)
+        ctx.save_for_backward(image_features, text_features, logit_scale, ids, *stripe.hand_over())
         ctx.stripe = stripe
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        image, _, scale, _ = ctx.saved_tensors  # also refuses tensors changed in place
+        # Also refuses tensors changed in place.
+        image, _, scale, _, *tensors = ctx.saved_tensors
+        ctx.stripe.take_back(tensors)
         need_image, need_text, need_scale = ctx.needs_input_grad[:3]
         with torch.autocast(image.device.type, enabled=False):
             gradients = ctx.stripe.backward((need_image, need_text), grad_outputs[0])
+            ctx.stripe.hand_over()
             return (
                 gradients.d_image_features if need_image else None,
                 gradients.d_text_features if need_text else None,

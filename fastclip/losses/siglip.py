@@ -40,15 +40,15 @@ class _SigmoidStripe(Stripe):
         self.bias = bias.reshape(())
         if need is None:
             return self.sum(self.loss())
-        loss, *self.products, own_entry = self.loss_and_products(need)
-        self.own_entry = own_entry
+        loss, self.row_products, self.column_products, *scalars = self.loss_and_products(need)
+        self.d_scale, self.d_bias, self.own_entry = scalars
         return self.sum(loss)
 
     def backward(self, need: tuple[bool, bool], upstream: Tensor) -> LossGradients:
         """Gradients by the rank convention; features' in their dtype, not needed ones [0]."""
-        row_products, column_products, d_scale, d_bias = self.products
-        features = self.finish(row_products, column_products, self.own_entry, upstream, need, 1)
-        return as_gradients(self, *features, d_scale * upstream, d_bias * upstream)
+        products = self.row_products, self.column_products
+        features = self.finish(*products, self.own_entry, upstream, need, 1)
+        return as_gradients(self, *features, self.d_scale * upstream, self.d_bias * upstream)
 
     def loss(self) -> Tensor:
         """This rank's part of the loss."""
@@ -140,17 +140,21 @@ class _SigLipLoss(torch.autograd.Function):
             stripe = _stripe(image_features, text_features, logit_scale, ids, settings)
             need = ctx.needs_input_grad[:4]
             loss = stripe.forward(logit_bias, need[:2] if any(need) else None)
-        ctx.save_for_backward(image_features, text_features, logit_scale, logit_bias, ids)
+        inputs = (image_features, text_features, logit_scale, logit_bias, ids)
+        ctx.save_for_backward(*inputs, *stripe.hand_over())
         ctx.stripe = stripe
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        *inputs, _ = ctx.saved_tensors  # also refuses tensors changed in place
+        # Also refuses tensors changed in place.
+        (*inputs, _), tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        ctx.stripe.take_back(tensors)
         need_image, need_text = ctx.needs_input_grad[:2]
         with torch.autocast(inputs[0].device.type, enabled=False):
             gradients = ctx.stripe.backward((need_image, need_text), grad_outputs[0])
+            ctx.stripe.hand_over()
             returned = [
                 gradient.to(x.dtype).reshape(x.shape) if needed else None
                 for gradient, x, needed in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,15 @@ class Stripe:
         self.own_columns = columns if prepared else text_features
         self.scale = logit_scale.reshape(())
         self.row_ids = ids
+
+    def hand_over(self) -> list[Tensor]:
+        """Give its tensors away, for autograd to keep and, after a backward, to free."""
+        self._lent = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        return [vars(self).pop(name) for name in self._lent]
+
+    def take_back(self, tensors: Sequence[Tensor]) -> None:
+        """What `hand_over` gave."""
+        vars(self).update(zip(self._lent, tensors, strict=True))
 
     def own_block(self, terms: Tensor | None = None) -> Block:
         """This rank's columns as they go round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -112,6 +113,7 @@ def test_a_whole_step_on_the_plain_engine_waits_for_nothing(precision):
 
 def _waits(runtime: Runtime) -> dict[int, int]:
     del runtime
+    os.environ["DS_ACCELERATOR"] = "cuda"  # `ranks` asks for CPUs, and DeepSpeed is not yet here
     device = torch.device("cuda")
     alone = Runtime(rank=0, local_rank=0, world_size=1, device=device, backend="gloo")
     counts = {}

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from compile_only import SHARED_LIMIT, compile_kernel
-from fastclip.kernels.contrastive import DOT_ROWS, REPAIR_TILES, RESCALED_ROWS
+from fastclip.kernels.contrastive import DOT_ROWS, REPAIR_TILES, RESCALED_ROWS, SUMMARY_COLUMNS
 from fastclip.kernels.contrastive_kernels import (
     gradient_kernel,
     regradient_kernel,
@@ -78,7 +78,7 @@ TILED = {
 PAIRS = {"BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D, "NORMALIZE": True}
 LINEAR = {
     "merge": (merge_kernel, {"ADD_ROWS": True, "ADD_COLUMNS": True, "BLOCK": 128, "TILES": 16}, 4),
-    "summary": (summary_kernel, {"HAS_TARGET": True, "BLOCK": 1024}, 8),
+    "summary": (summary_kernel, {"HAS_TARGET": True, "BLOCK": SUMMARY_COLUMNS}, 4),
     "scale": (scale_kernel, {"BLOCK": 1024}, 8),
     "dot": (dot_kernel, {"BLOCK_B": DOT_ROWS, "BLOCK_D": 256}, 4),
     "prepare": (prepare_kernel, PAIRS | {"WRITE": True}, 4),

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 5), (130, 64), (131, 512), (300, 640), (257, 768), (513, 1024), (1023, 1152)]
 CAPS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
+KEPT_CAP = 3e-3  # in bf16 kept exponentials are rounded as well, besides G and the result
 BUDGETS = [0, 1 << 30]
 
 
@@ -45,6 +46,7 @@ def _plain(image: Tensor, text: Tensor, scale: float) -> list[Tensor]:
 @pytest.mark.parametrize("scale", [1.0, 14.285714, 100.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softmax_keeps_the_accuracy_contract(dtype: torch.dtype, scale: float, budget: int) -> None:
+    kept = budget > 0 and dtype == torch.bfloat16
     for pairs, dims in SHAPES:
         image, text = _on_gpu(pairs, dims, dtype)
         expected = clip_expected(image.cpu(), text.cpu(), scale)
@@ -58,11 +60,31 @@ def test_softmax_keeps_the_accuracy_contract(dtype: torch.dtype, scale: float, b
                 error(ours[index].cpu(), wanted, lowest),
                 error(other.cpu(), wanted, lowest),
             )
-            lucky = 6e-8 * max(8.0, scale) if index in (0, 3) else 5e-7
+            lucky = 6e-8 * max(8.0, scale) if index in (0, 3) else 2e-6
+            if kept and index == 3:  # made of the features' gradients, which are rounded
+                lucky = 1e-4
             assert mine <= max(1.5 * theirs, lucky), (pairs, dims, index, mine, theirs)
             if float(expected.loss) > 0.05:
-                cap = 1e-5 if index == 0 else CAPS[dtype]
+                cap = 1e-5 if index == 0 else KEPT_CAP if kept else CAPS[dtype]
                 assert mine <= cap, (pairs, dims, index, mine)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["recomputed", "kept"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_positives_and_smoothing(dtype: torch.dtype, budget: int) -> None:
+    """Shapes that are no multiple of a tile in any direction, and one that is."""
+    for pairs, dims in [(300, 100), (131, 72), (256, 128)]:
+        image, text = _on_gpu(pairs, dims, dtype)
+        ids = torch.arange(pairs) // 3
+        for smoothing in (0.0, 0.1):
+            expected = clip_expected(image.cpu(), text.cpu(), 30.0, ids, label_smoothing=smoothing)
+            found = _run(
+                image, text, 30.0, ids=ids.cuda(), label_smoothing=smoothing, memory_budget=budget
+            )
+            assert error(found[0].cpu(), expected.loss) < 1e-5, (pairs, smoothing)
+            for value, wanted in zip(found[1:3], expected[1:3], strict=True):
+                assert wanted is not None
+                assert error(value.cpu(), wanted) < KEPT_CAP, (pairs, smoothing)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,8 +197,8 @@ def test_launches_of_a_small_batch() -> None:
     events = profile.events() or []
     kernels = [event.name for event in events if event.device_type.name == "CUDA"]
     print(len(kernels), kernels)
-    # Ours are ten; autograd's accumulation into .grad and its 1.0 are not.
-    assert len([name for name in kernels if "kernel" in name or "gemm" in name]) <= 16
+    # Ours are twelve; autograd's accumulation into .grad and its 1.0 are not.
+    assert len([name for name in kernels if "kernel" in name or "gemm" in name]) <= 18
 
 
 def test_memory_is_a_block_and_the_budget() -> None:

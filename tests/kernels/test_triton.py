@@ -44,7 +44,7 @@ def report() -> dict[str, Any]:
 )  # fmt: skip
 def test_passes_equal_the_reference(report: dict[str, Any], kind: str, dtype: str) -> None:
     cases = {k: v for k, v in report["passes"].items() if k.startswith(f"{kind} {dtype} ")}
-    assert len(cases) == 16
+    assert len(cases) == 18
     worst: dict[str, float] = {}
     for case, errors in cases.items():
         for name, value in errors.items():
@@ -52,6 +52,10 @@ def test_passes_equal_the_reference(report: dict[str, Any], kind: str, dtype: st
             assert value < (TOLERANCE[dtype] if features_ else 1e-5), (case, name, value)
             worst[name] = max(worst.get(name, 0.0), value)
     print(f"{kind} {dtype}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+
+
+def test_one_block_of_the_gradient_lives_at_a_time(report: dict[str, Any]) -> None:
+    assert report["blocks alive"] == 1
 
 
 def test_losses_equal_their_definitions(report: dict[str, Any]) -> None:

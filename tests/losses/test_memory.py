@@ -106,3 +106,22 @@ def test_memory_is_a_few_chunks_and_linear_in_pairs(loss: Loss, several: bool) -
 @pytest.mark.parametrize("loss", [_clip, _siglip])
 def test_chunk_of_the_defaults(loss: Loss) -> None:
     assert _measure(loss, 2500, False).largest <= 4 * reference.CHUNK_ELEMENTS < 4 * 2500 * 2500
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_loss_that_is_kept_keeps_nothing_after_its_backward(kind: str) -> None:
+    """As autograd's own saved tensors, and as often as it is told to retain them."""
+    leaves = image, text = tuple(torch.randn(9, 4, requires_grad=True) for _ in range(2))
+    if kind == "softmax":
+        loss = clip_loss(image, text, 10.0, normalize=True)
+    else:
+        loss = siglip_loss(image, text, 10.0, -10.0, normalize=True)
+    node: Any = loss.grad_fn
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert len(node.saved_tensors) > 5
+    second = torch.autograd.grad(loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert not any(isinstance(held, Tensor) for held in vars(node.stripe).values())
+    with pytest.raises(RuntimeError, match="saved"):
+        _ = node.saved_tensors
