@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
 from benchmarks import losses, peers, plan, stripes
 from benchmarks.cases import CONTRASTIVE_SETS, Case
-from benchmarks.harness import Provider, main
-from benchmarks.losses import Loss, Step, autograd_step, whole
+from benchmarks.harness import Provider, finish, main
+from benchmarks.losses import Loss, Step, autograd_step, moderate, whole
 from fastclip.losses import clip_loss
 from fastclip.ops.dispatch import Impl
 
@@ -73,7 +72,7 @@ PROVIDERS = (
     Provider("fastclip-stored", fastclip("triton", EVERYTHING), accepts=_some, graph=True),
     Provider("fastclip-2gib", fastclip("triton", 2 * GIB), accepts=_in_part(2 * GIB)),
     Provider("fastclip-8gib", fastclip("triton", 8 * GIB), accepts=_in_part(8 * GIB)),
-    Provider("reference", fastclip("reference"), needs_cuda=False),
+    Provider("reference", fastclip("reference"), needs_cuda=False, accepts=moderate),
     Provider(
         "torch-compile", _from_loss(lambda case: peers.compiled(peers.plain_contrastive)),
         "torch", "torch", "torch", accepts=whole,
@@ -89,7 +88,10 @@ PROVIDERS = (
         accepts=lambda case: case in CONTRASTIVE_SETS["accuracy"],
     ),
     # Last, since an illegal access in a kernel ends the run.
-    Provider("inf-cl", _from_loss(peers.inf_cl), "inf_cl", "inf-cl", "inf-cl", accepts=whole),
+    Provider(
+        "inf-cl", _from_loss(peers.inf_cl), "inf_cl", "inf-cl", "inf-cl",
+        accepts=lambda case: whole(case) and moderate(case),
+    ),
 )  # fmt: skip
 
 BENCHMARK = losses.benchmark(
@@ -97,4 +99,4 @@ BENCHMARK = losses.benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(main(BENCHMARK))

@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -309,7 +310,8 @@ def _resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=9)
@@ -317,15 +319,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the CSV file")
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--dirty", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bench = Bench(options)
+    try:
+        bench = Bench(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     parts: dict[str, Any] = {"decode": decode, "read": read, "load": load, "start": start}
     cores = os.sched_getaffinity(0)
     for name in options.parts:
         parts[name](bench)
         os.sched_setaffinity(0, cores)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ begins every fit at zero and ends it by its own default tolerance, as the paper'
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Benchmark, Provider, main
+from benchmarks.harness import Benchmark, Provider, finish, main
 from benchmarks.plan import Variant, Work
 from fastclip.eval.features import Features
 from fastclip.eval.linear_probe import linear_probe, search_strength, split
@@ -157,4 +156,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(main(BENCHMARK))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import DTYPES
-from benchmarks.harness import Benchmark, Provider, main
+from benchmarks.harness import Benchmark, Provider, finish, main
 from benchmarks.plan import Variant, Work
 from fastclip.ops.dispatch import Impl
 
@@ -197,4 +196,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(main(BENCHMARK))

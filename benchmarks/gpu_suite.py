@@ -8,6 +8,8 @@ to `PARTS`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -30,13 +32,23 @@ LONGEST = 600
 NOTHING_COLLECTED = 5
 """pytest's exit status when no test matched."""
 
-COLUMNS = (*record.STAMP_COLUMNS, "part", "state", "seconds", "status")
-KEY = ("commit", "dirty", "device", "part", "state")
+GRACE = 10.0
+"""Seconds that an interrupted command has to say where it was."""
+
+SHORTEST = 10.0
+"""Seconds left under which no part is begun."""
+
+PEERS = ("open_clip_torch", "deepspeed", "memeff", "inf-cl", "cut-cross-entropy", "siglip-kernel",
+         "torchao", "apex", "xformers")  # fmt: skip
+"""What parts measure or test beside ours, where it is installed."""
+
+COLUMNS = (*record.STAMP_COLUMNS, "peers", "part", "state", "seconds", "status")
+KEY = ("commit", "dirty", "device", "peers", "part", "state")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Commands that run one after another; the first that fails ends them."""
+    """Commands that run one after another."""
 
     name: str
 
@@ -52,7 +64,10 @@ class Part:
     """Whether the commands take --out, --commit and --dirty."""
 
     tool: str = ""
-    """A program without which the part is skipped."""
+    """A program without which the part is skipped; also looked for where CUDA is."""
+
+    independent: bool = False
+    """Whether the other commands run after one that failed."""
 
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,29 +76,37 @@ def _bench(name: str) -> tuple[str, ...]:
     return ("python", "-m", f"benchmarks.bench_{name}")
 
 
-_PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_PYTEST = ("python", "-m", "pytest", "-p", "no:cacheprovider")
+# A line for each test: of a run that was killed, the last one says where.
+_GPU_TESTS = (*_PYTEST, "-v", "-m", "gpu and not slow")
 _CHECK = ("python", "-m", "benchmarks.check_kernels")
 _SANITIZE = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
+_SANITIZERS = {
+    # Triton asks the driver for what it may not have, and goes on.
+    "memcheck": ("--report-api-errors", "no"),
+    "racecheck": ("--racecheck-report", "analysis", "--racecheck-detect-level", "error"),
+}
 
 PARTS = (
     Part("triton_tests", ((*_CHECK,),), 120, stamped=True),
     Part(
         "gpu_tests",
+        # Files and not folders: the others need more packages than torch, Triton and pytest. Three
+        # commands, since a conftest that cannot be imported ends all of one: tests/models' needs
+        # transformers. The tokenizer's tests need its extension, built with nvcc.
         (
             (
-                *_PYTEST,
-                "-m",
-                "gpu",
-                "tests/kernels",
-                "tests/losses",
-                "tests/benchmarks",
-                "tests/tokenizer",
-                "tests/models/test_packing.py",
-                "tests/engine",
-                "tests/data",
+                *_GPU_TESTS,
+                "tests/kernels/test_gpu.py",
+                "tests/kernels/test_compact_adamw.py",
+                "tests/benchmarks/test_timing.py",
+                "tests/engine/test_host_reads.py",
             ),
+            (*_GPU_TESTS, "tests/models/test_packing.py", "tests/models/test_compiled.py"),
+            (*_GPU_TESTS, "tests/tokenizer/test_cuda.py"),
         ),
-        60,
+        300,
+        independent=True,
     ),
     Part("contrastive", ((*_bench("contrastive"), "--seconds", "0.5"),), 240, stamped=True),
     Part("sigmoid", ((*_bench("sigmoid"), "--seconds", "0.5"),), 70, stamped=True),
@@ -97,10 +120,12 @@ PARTS = (
     Part(
         "optim",
         ((*_bench("optim"), "--models", "ViT-B-32", "ViT-L-14"),),
-        60,
+        240,
         by_default=False,
         stamped=True,
     ),
+    # Times the CPU, on photographs that it fetches: without a network it is worth a GPU machine's
+    # time only where demo/loader/downloads was brought along.
     Part(
         "loader",
         ((*_bench("loader"), "--parts", "decode", "load"),),
@@ -118,7 +143,7 @@ PARTS = (
         )
         for cases in ("small", "dense", "grid", "large_batch", "maximum", "patch_dropout")
     ),
-    Part("interpreter_tests", ((*_PYTEST, "tests/kernels"),), 300, by_default=False),
+    Part("interpreter_tests", ((*_PYTEST, "-q", "tests/kernels"),), 300, by_default=False),
     *(
         Part(
             f"contrastive_{cases}",
@@ -129,15 +154,18 @@ PARTS = (
         )
         for cases in ("headline", "accuracy", "forward", "ceiling", "stripe", "grid")
     ),
-    Part(
-        "sanitizer",
-        tuple((*_SANITIZE, tool, *_CHECK, "--quick") for tool in ("memcheck", "racecheck")),
-        600,
-        by_default=False,
-        stamped=True,
-        tool="compute-sanitizer",
-        # Out of bounds of a tensor must be out of bounds of an allocation.
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    *(
+        Part(
+            f"sanitizer_{tool}",
+            ((*_SANITIZE, tool, *options, *_CHECK, "--quick", "--no-judge"),),
+            LONGEST,
+            by_default=False,
+            stamped=True,
+            tool=_SANITIZE[0],
+            # Out of bounds of a tensor must be out of bounds of an allocation.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for tool, options in _SANITIZERS.items()
     ),
 )
 
@@ -148,16 +176,19 @@ def run_part(
     """Run a part's commands, their output into `log`.
 
     Returns:
-        "passed", "failed", "timed out", "empty" (no tests) or "skipped" (no tool), and the last
-        exit status. A benchmark that lost the device is started again while there is time.
+        "passed", "failed", "timed out", "empty" (no tests) or "skipped" (no tool), and the exit
+        status: the first that failed, or 0. A benchmark that lost the device is started again while
+        there is time.
     """
-    if part.tool and shutil.which(part.tool) is None:
+    tool = find_tool(part.tool) if part.tool else ""
+    if tool is None:
         return "skipped", None
+    programs = {"python": sys.executable, part.tool: tool}
     end = time.monotonic() + seconds
-    status = 0
+    result: tuple[str, int | None] = "passed", 0
     with log.open("ab") as output:
         for command in part.commands:
-            arguments = [sys.executable if word == "python" else word for word in command]
+            arguments = [programs.get(word, word) for word in command]
             arguments += stamp_arguments if part.stamped else ()
             status = RESUME
             while status == RESUME:
@@ -166,19 +197,37 @@ def run_part(
                 if finished is None:
                     return "timed out", None
                 status = finished
-            if status == NOTHING_COLLECTED and "pytest" in command:
-                return "empty", status
-            if status != 0:
-                return "failed", status
-    return "passed", status
+            if status == 0:
+                continue
+            if result[0] != "failed":
+                empty = status == NOTHING_COLLECTED and "pytest" in command
+                result = "empty" if empty else "failed", status
+            if not part.independent:
+                break
+    return result
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program: on PATH, or where CUDA keeps its own."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    places = [f"{home}/bin" for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+
+
+def peers() -> str:
+    """Installed peers with their versions: with others, a part is another measurement."""
+    found = ((name, record.version_of(name)) for name in PEERS)
+    return ", ".join(f"{name} {version}" for name, version in found if version)
 
 
 def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """The command line; the exit status is 1 if a part failed or ran out of time."""
+    """The command line; the exit status is 1 if a part failed, or not all had time."""
     options = _parser(parts).parse_args(arguments)
-    chosen = [part for part in parts if part.name in options.part] or [
+    by_name = {part.name: part for part in parts}
+    chosen = [by_name[name] for name in dict.fromkeys(options.part)] or [
         part for part in parts if part.by_default
     ]
+    total = options.total or (math.inf if options.part else LONGEST)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         stamp = record.stamp(options.commit, options.dirty, device)
@@ -190,19 +239,26 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
     stamp_arguments += ["--dirty"] if stamp.dirty else []
     start = time.monotonic()
     states: Counter[str] = Counter()
+    installed = peers()
     for part in chosen:
-        key = {**stamp.columns(), "part": part.name}
+        key = {**stamp.columns(), "peers": installed, "part": part.name}
         if rows.has({**key, "state": "passed"}):
             print(f"{part.name}: passed before")
             states["passed before"] += 1
             continue
         begun = time.monotonic()
-        left = options.limit or part.seconds
-        if not options.part:
-            left = min(left, LONGEST - (begun - start))
+        left = total - (begun - start)
+        if left < SHORTEST:
+            rows.write({**key, "state": "not started"})
+            states["not started"] += 1
+            print(f"{part.name}: not started: {max(left, 0):.0f} s of {total:.0f} s are left")
+            continue
+        left = min(left, options.limit or part.seconds)
         log = options.out / f"{part.name}.log"
+        _note_state(log, "before", device)
         state, status = run_part(part, left, log, stamp_arguments)
         took = time.monotonic() - begun
+        _note_state(log, "after", device)
         rows.write({**key, "state": state, "seconds": took, "status": status})
         states[state] += 1
         _print_tail(log)
@@ -212,7 +268,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
         f"gpu_suite: {len(chosen)} parts: {counts}; {time.monotonic() - start:.0f} s on "
         f"{stamp.device}, rows in {options.out}"
     )
-    return int(states["failed"] + states["timed out"] > 0)
+    return int(states["failed"] + states["timed out"] + states["not started"] > 0)
 
 
 def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
@@ -220,8 +276,9 @@ def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     add = parser.add_argument
     default = ", ".join(part.name for part in parts if part.by_default)
     names = [part.name for part in parts]
-    add("--part", nargs="+", default=[], choices=names, help=f"default: {default}")
+    add("--part", nargs="+", default=[], choices=names, help=f"in this order; default: {default}")
     add("--limit", type=_seconds, help=f"seconds for each part, up to {LONGEST}")
+    add("--total", type=float, help=f"seconds for all; without --part, {LONGEST} by default")
     add("--out", type=Path, default=record.RESULTS, help="folder of rows and logs")
     add("--commit", help="default: git's")
     add("--dirty", action="store_true", help="the files differ from the commit")
@@ -242,15 +299,28 @@ def _run(
     if seconds <= 0:
         return None
     process = subprocess.Popen(
-        arguments, cwd=record.ROOT, env={**os.environ, **environment}, stdout=output, stderr=output,
+        arguments, cwd=record.ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=output, stderr=output,
         start_new_session=True,
     )  # fmt: skip
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its children too: the session is its own
+        # To its children too: the session is its own. pytest prints what failed, and where it was.
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return None
+
+
+def _note_state(log: Path, when: str, device: torch.device) -> None:
+    """The GPU's state into a part's log: a rate of a throttled one is to be known as that."""
+    if device.type == "cuda":
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"[{when}] {record.gpu_state()}\n")
 
 
 def _print_tail(log: Path, lines: int = 20) -> None:

@@ -10,11 +10,12 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,10 +24,17 @@ from benchmarks import plan, record, timing
 RESUME = 75
 """Exit status when the device is lost to a kernel's error: the same command goes on from there."""
 
+HUNG = "hung: the process was killed during it; without this row it is measured again"
+"""Error of a measurement that an earlier process began and did not survive."""
+
 RESULT_COLUMNS = (
     "median_ms", "p20_ms", "p80_ms", "runs", "graph_ms", "graph_error", "peak_bytes", "tflops",
     "matmul_tflops", "matmul_share",
 )  # fmt: skip
+"""`tflops`, and with it `matmul_share` (its ratio to `matmul_tflops`), counts the same work for all
+providers of a case. One that computes less, as fastclip-stored does (3u and a little, counted as
+4u), keeps the device less busy than its share says. `runs` is 1 where one call took longer than the
+time for a row; there is no graph then."""
 
 AnyCase = Any
 """A benchmark's own frozen dataclass, with `unit`, the FLOP of one product of its matrix."""
@@ -121,28 +129,46 @@ def measure(
     if operands is None:
         return {"error": "OOM: the operands alone"}
     cells: dict[str, object] = {}
-    end = contextlib.ExitStack()
     try:
-        step = provider.build(case)
-        end.callback(getattr(step, "close", lambda: None))
+        _fill(cells, provider, case, operands, errors, device, seconds)
+    except Exception as error:
+        cells["error"] = one_line(error)
+    # Only now that the step has no name left. Where the device is lost, anything may fail again.
+    with contextlib.suppress(Exception):
+        torch._dynamo.reset()
+    gc.collect()
+    return cells
+
+
+def _fill(
+    cells: dict[str, object],
+    provider: Provider,
+    case: AnyCase,
+    operands: Any,
+    errors: Callable[[Any], Mapping[str, float | None]],
+    device: torch.device,
+    seconds: float,
+) -> None:
+    """What `measure` does, as far as it may fail."""
+    step = provider.build(case)
+    try:
         result = step(operands)  # compiles
-        cells |= errors(result)
+        cells.update(errors(result))
         del result
-        cells["peak_bytes"] = timing.peak_extra_bytes(lambda: step(operands), device)
-        times = timing.time_calls(lambda: step(operands), device, seconds)
-        if provider.graph and device.type == "cuda":
+        times, peak = timing.times_and_peak(lambda: step(operands), device, seconds)
+        cells["peak_bytes"] = peak
+        if provider.graph and device.type == "cuda" and times.runs > 1:
             try:
                 replays = timing.time_graph(lambda: step(operands), device, seconds / 2)
                 cells["graph_ms"] = replays.median
             except RuntimeError as error:
-                cells["graph_error"] = _one_line(error)
-        cells |= zip(("median_ms", "p20_ms", "p80_ms", "runs"), times, strict=True)
-    except Exception as error:
-        cells["error"] = _one_line(error)
-    end.close()
-    torch._dynamo.reset()
-    gc.collect()
-    return cells
+                cells["graph_error"] = one_line(error)
+        cells.update(zip(("median_ms", "p20_ms", "p80_ms", "runs"), times, strict=True))
+    finally:
+        try:
+            getattr(step, "close", lambda: None)()
+        except Exception as error:  # after all times, or after an error that says more
+            print(f"{provider.name}: not closed: {one_line(error)}")
 
 
 def run(
@@ -164,6 +190,11 @@ def run(
             computed; it runs in fp64.
     """
     providers = [provider for provider in providers if _usable(provider, device)]
+    started = record.Started(rows.path.with_suffix(".started"))
+    killed = started.left_behind()
+    if killed is not None and not rows.has(killed):
+        rows.write({**killed, "error": HUNG})
+        print(f"{killed['provider']}: {HUNG}")
     rate: float | None = None
     for case in cases:
         todo = [
@@ -176,18 +207,17 @@ def run(
         rate = rate or timing.matmul_tflops(device)
         operands, errors = _prepare(benchmark, case, device, reference_tflop)
         for provider in todo:
-            cells = measure(provider, case, operands, errors, device, seconds)
-            cells |= _rates(cells, benchmark.counted_units(case) * case.unit, rate)
-            rows.write(
-                {
-                    **stamp.columns(),
-                    **_key(stamp, provider, case),
-                    "version": record.version_of(provider.distribution),
-                    **cells,
-                }
-            )
+            row = {
+                **stamp.columns(),
+                **_key(stamp, provider, case),
+                "version": record.version_of(provider.distribution),
+            }
+            with started.during(row):
+                cells = measure(provider, case, operands, errors, device, seconds)
+                cells |= _rates(cells, benchmark.counted_units(case) * case.unit, rate)
+                rows.write({**row, **cells})
             print(f"{case} | {provider.name}: {_summary(cells)}", flush=True)
-            if not _alive(device):
+            if not alive(device):
                 print("the device is lost to that error; run the same command again to go on")
                 return RESUME
         del operands, errors  # before the next case's are made beside them
@@ -217,6 +247,15 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         benchmark, cases, providers, rows, stamp, device,
         seconds=options.seconds, reference_tflop=options.reference_tflop,
     )  # fmt: skip
+
+
+def finish(status: int) -> NoReturn:
+    """End the process; at once if the device is lost, since tearing CUDA down could abort it."""
+    if status == RESUME:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
@@ -295,7 +334,7 @@ def _summary(cells: Mapping[str, object]) -> str:
     return ", ".join(parts)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as one short line; out of memory by its usual name."""
     if isinstance(error, torch.OutOfMemoryError):
         return "OOM"
@@ -303,7 +342,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def _alive(device: torch.device) -> bool:
+def alive(device: torch.device) -> bool:
     """Whether the device still works: after an illegal access every later call fails."""
     if device.type != "cuda":
         return True

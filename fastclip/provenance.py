@@ -21,7 +21,7 @@ LAUNCHES = "launches.jsonl"
 """In a run's folder: a line for each time it was begun or gone on with."""
 
 _GIT_SECONDS = 10
-_STATED_VERSIONS = ("torch", "triton", "deepspeed", "numpy", "pillow", "simplejpeg")
+_STATED_VERSIONS = ("triton", "deepspeed", "numpy", "pillow", "simplejpeg")
 
 
 def provenance() -> dict[str, Any]:
@@ -44,6 +44,8 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Of the packages that a run's numbers and speed may depend on, as far as installed."""
     found = {"fastclip": __version__, "python": platform.python_version()}
+    # torch says what it was built for ("2.11.0+cu130"), which its distribution may not.
+    found["torch"] = str(torch.__version__)
     for name in _STATED_VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

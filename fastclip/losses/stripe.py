@@ -60,13 +60,19 @@ class Stripe:
         self.row_ids = ids
 
     def hand_over(self) -> list[Tensor]:
-        """Give its tensors away, for autograd to keep and, after a backward, to free."""
+        """Give its tensors away, for autograd to keep and, after a backward, to free.
+
+        In compiled code there are none to give: the compiler knows how long each is needed.
+        """
+        if torch.compiler.is_compiling():
+            return []
         self._lent = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
         return [vars(self).pop(name) for name in self._lent]
 
     def take_back(self, tensors: Sequence[Tensor]) -> None:
         """What `hand_over` gave."""
-        vars(self).update(zip(self._lent, tensors, strict=True))
+        if tensors:
+            vars(self).update(zip(self._lent, tensors, strict=True))
 
     def own_block(self, terms: Tensor | None = None) -> Block:
         """This rank's columns as they go round."""

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
+import platform
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +20,7 @@ from benchmarks.bench_contrastive import BENCHMARK as CONTRASTIVE
 from benchmarks.bench_sigmoid import BENCHMARK as SIGMOID
 from benchmarks.cases import Case
 from benchmarks.harness import Benchmark, Provider
-from benchmarks.losses import Definition, Result, Step, autograd_step, make_operands
+from benchmarks.losses import Definition, Operands, Result, Step, autograd_step, make_operands
 from loss_oracles import clip_expected, siglip_expected
 
 CPU = torch.device("cpu")
@@ -91,6 +96,102 @@ def test_what_goes_wrong_is_the_row(tmp_path: Path) -> None:
     assert [row["median_ms"] == "" for row in rows] == [True, True, False]
 
 
+class _Cyclic:
+    """A step that only the garbage collector frees, as an engine with hooks is."""
+
+    def __init__(self, case: Case) -> None:
+        self.me, self.step = self, _plain(case)
+
+    def __call__(self, operands: Operands) -> Result:
+        return self.step(operands)
+
+    def close(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_provider_is_gone_when_the_next_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)  # it collects garbage, too
+    built: list[weakref.ref[_Cyclic]] = []
+
+    def cyclic(case: Case) -> Step:
+        step = _Cyclic(case)
+        built.append(weakref.ref(step))
+        return step
+
+    def after(case: Case) -> Step:
+        assert [step() for step in built] == [None]
+        return _plain(case)
+
+    rows = _main(_benchmark(_own("cyclic", cyclic), _own("after", after)), tmp_path)
+    assert [row["error"] for row in rows] == ["", ""]
+
+
+def test_what_fails_while_it_ends_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error")
+
+    class Wrong(_Cyclic):
+        def __call__(self, operands: Operands) -> Result:
+            raise ValueError("says more")
+
+    monkeypatch.setattr(torch._dynamo, "reset", lost)
+    rows = _main(_benchmark(_own("unclosed", _Cyclic), _own("wrong", Wrong)), tmp_path)
+    assert [row["median_ms"] != "" for row in rows] == [True, False]
+    assert [row["error"] for row in rows] == ["", "ValueError: says more"]
+    assert "unclosed: not closed: RuntimeError: CUDA error" in capsys.readouterr().out
+
+
+def test_what_killed_the_process_is_not_tried_again(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from dataclasses import replace
+from benchmarks import harness
+from benchmarks.bench_contrastive import BENCHMARK
+from benchmarks.cases import Case
+
+deadly = harness.Provider("deadly", lambda case: os._exit(9), needs_cuda=False)
+benchmark = replace(BENCHMARK, providers=(deadly,), sets={{"tiny": (Case(12, 8, "fp32"),)}})
+arguments = ["--cases", "tiny", "--device", "cpu", "--commit", "abc", "--out", {str(tmp_path)!r}]
+harness.main(benchmark, arguments)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, check=False)
+    assert done.returncode == 9
+    assert record.read_rows(tmp_path / "contrastive.csv") == []
+    # Here with a provider that would run.
+    for _ in range(2):
+        rows = _main(_benchmark(_own("deadly"), _own("next")), tmp_path)
+        assert [row["provider"] for row in rows] == ["deadly", "next"]
+        assert [row["error"] for row in rows] == [harness.HUNG, ""]
+
+
+def test_a_lost_device_ends_the_process_at_once(tmp_path: Path) -> None:
+    code = """
+import atexit, os
+from benchmarks import harness
+atexit.register(os.abort)
+print("the last line")
+harness.finish({status})
+"""
+    for status in (harness.RESUME, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(status=status)],
+            cwd=record.ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == "the last line\n"
+        assert (done.returncode == status) == (status == harness.RESUME)
+
+
+def test_providers_that_are_slow_in_large_cases_are_left_out_there() -> None:
+    for benchmark in (CONTRASTIVE, SIGMOID):
+        slow = [p for p in benchmark.providers if p.name in ("reference", "inf-cl")]
+        sizes = {case.pairs: {p.accepts(case) for p in slow} for case in benchmark.sets["ceiling"]}
+        assert sizes == {131_072: {True}, 262_144: {False}, 524_288: {False}}
+
+
 def test_operands_that_do_not_fit_are_rows_too(tmp_path: Path) -> None:
     benchmark = replace(_benchmark(_own("plain")), operands=lambda *_: _out_of_memory(CASE))
     (row,) = _main(benchmark, tmp_path)
@@ -108,7 +209,7 @@ def test_nan_is_an_error_and_not_a_small_one(tmp_path: Path) -> None:
 def test_a_lost_device_ends_the_run_after_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "_alive", lambda device: False)
+    monkeypatch.setattr(harness, "alive", lambda device: False)
     benchmark = _benchmark(_own("first", _broken), _own("second"))
     arguments = ["--cases", "tiny", "--device", "cpu", "--out", str(tmp_path), "--commit", "abc"]
     assert harness.main(benchmark, arguments) == harness.RESUME
@@ -196,6 +297,33 @@ def test_record_drops_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert not again.has({"a": "y"})
     again.write({"a": "y"})
     assert list(csv.reader(path.open())) == [["a", "b"], ["x", "two lines"], ["y", ""]]
+
+
+def test_a_cpu_is_named(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Fast CPU @ 3 GHz\nflags\t: avx2\n")
+    assert record.cpu_model(cpuinfo) == "Fast CPU @ 3 GHz"
+    assert record.cpu_model(tmp_path / "absent") == platform.machine()
+    name = record.device_name(CPU)
+    assert name.startswith("cpu (")  # tables know a CPU's rows by it
+    assert f"{record.cpu_model()}, {os.cpu_count()} cores, " in name
+
+
+def test_a_gpus_state_is_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    versions, absent = record.gpu_state().splitlines()
+    assert versions == f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    assert absent == "nvidia-smi: not found"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in *throttle*) echo no such field; exit 2;; esac\necho "$@"\n'
+    )
+    program.chmod(0o755)
+    said = record.gpu_state().splitlines()[1]
+    assert said.startswith("--query-gpu=name,driver_version,clocks.sm,")
+    assert said.endswith(",clocks_event_reasons.active,memory.total --format=csv")
 
 
 def test_record_refuses_other_columns(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_its_workers_end(tmp_path: Path) -> None:
     assert not list(out.rglob("*.partial"))
 
 
-def _wait(condition: Any, seconds: float = 30) -> None:
+def _wait(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -33,6 +33,7 @@ from fastclip.kernels.contrastive_sums import (
 from fastclip.kernels.pairs import BLOCK_B, BLOCK_D, finish_kernel, prepare_kernel
 from fastclip.kernels.sigmoid import sigmoid_kernel
 from fastclip.kernels.tiling import tiling
+from triton_support import BEFORE_3_7
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 FEATURES = ("rows", "columns", "gradient", "exponentials", "image", "text", "d_image", "d_text")
@@ -90,7 +91,10 @@ def _types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
     """Triton's type of every argument that is no constant, by its name."""
     kinds: dict[str, str] = {}
     groups = (FEATURES, DTYPES[dtype]), (IDS, "*i64"), (SIZES, "i32"), (NUMBERS, "fp32")
-    for names, kind in (*groups, (("others_of_row", "others_of_column", "result"), "*fp64")):
+    for names, kind in (
+        *groups,
+        (("others_of_row", "others_of_column", "result", "loss_partial"), "*fp64"),
+    ):
         kinds |= dict.fromkeys(names, kind)
     if kernel is dot_kernel:
         kinds["features"] = DTYPES[dtype]
@@ -100,7 +104,11 @@ def _types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("case", list(TILED))
-def test_kernels_of_tiles_fit(case: str, dtype: torch.dtype, capability: int) -> None:
+def test_kernels_of_tiles_fit(
+    case: str, dtype: torch.dtype, capability: int, request: pytest.FixtureRequest
+) -> None:
+    if BEFORE_3_7 and (case, dtype, capability) == ("statistics, ids", torch.float32, 80):
+        request.applymarker(pytest.mark.xfail(reason="8 bytes, which Triton 3.7 does not spill"))
     kernel, flags = TILED[case]
     narrow = kernel is gradient_kernel or flags.get("WITH_GRADIENT", False)
     tile = tiling(dtype, capability, narrow=narrow)
