@@ -98,6 +98,7 @@ PARTS = (
             (
                 *_GPU_TESTS,
                 "tests/kernels/test_gpu.py",
+                "tests/kernels/test_similarity.py",
                 "tests/kernels/test_compact_adamw.py",
                 "tests/benchmarks/test_timing.py",
                 "tests/engine/test_host_reads.py",

@@ -134,11 +134,11 @@ def gradients_by(
     for chunk in _chunks(queries.shape[0], keys.shape[0], chunk_elements):
         weights = gradient[chunk].to(dtype)
         if d_queries is not None:
-            divided = weights if key_norms is None else weights / key_norms
-            d_queries[chunk] = product(divided, keys)
+            d_queries[chunk] = product(_divided(weights, key_norms), keys)
         if d_keys is not None:
-            divided = weights if query_norms is None else weights / query_norms[chunk, None]
-            d_keys += product(divided.T, queries[chunk])
+            by = None if query_norms is None else query_norms[chunk, None]
+            d_keys += product(_divided(weights, by).T, queries[chunk])
+        del weights  # before the next chunk's are made
     total = scale.new_zeros(())
     if d_keys is not None:
         total = _through_norm(d_keys, keys, key_norms)
@@ -147,6 +147,10 @@ def gradients_by(
         total = _through_norm(d_queries, queries, query_norms)
         d_queries *= scale
     return SimilarityGradients(d_queries if need_queries else None, d_keys, total)
+
+
+def _divided(weights: Tensor, norms: Tensor | None) -> Tensor:
+    return weights if norms is None else weights / norms
 
 
 def similarity_topk(

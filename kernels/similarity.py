@@ -8,13 +8,17 @@ after tile, and keeps the best k so far in registers. From a tile it takes, row 
 entry as long as that one beats the worst kept, so that after the first tiles, which fill the list,
 hardly anything but the tile's maxima is computed (k·ln N entries of a row are ever taken when keys
 come in no particular order; never more than k from one tile). A second kernel merges the stretches'
-lists by sorting networks. Larger k are selected by that same kernel from a chunk's similarities.
+lists by sorting networks. Larger k are selected by that same kernel from a chunk's similarities:
+from stretches of each row, so that few queries fill the device too, and then from their lists.
 
 Score and index are one int64, score above, index reversed below: all entries differ, so that the
 result does not depend on tile sizes, the number of stretches or scheduling.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 import triton
@@ -221,23 +225,34 @@ def topk_kernel(
 @triton.jit
 def select_kernel(
     source,
+    lists,
     values,
     indices,
     query_count,
     width,
     k,
+    blocks_per_stretch,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     FROM_SCORES: tl.constexpr,
+    TO_LISTS: tl.constexpr,
 ):
-    """Each row's k largest of `width` entries (or scores, whose index is their place), in order."""
+    """Each row's k largest of a stretch of entries (or scores, whose index is their place).
+
+    The result falls: values and indices, or, of several stretches, entries in `lists`
+    [queries, stretches, k], whose last places hold nothing where a stretch has fewer than k.
+    """
     row_index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    stretch = tl.program_id(1)
     slot = tl.arange(0, K)
     row_place = row_index.to(tl.int64)[:, None] * width
     row_inside = row_index[:, None] < query_count
+    first_block = stretch * blocks_per_stretch
+    # Not tl.cdiv, whose sum with K may be no int32.
+    last_block = tl.minimum(first_block + blocks_per_stretch, (width - 1) // K + 1)
     best = tl.full((BLOCK_M, K), _NOTHING, dtype=tl.int64)
-    for first in range(0, width, K):
-        index = first + slot[None, :]
+    for number in range(first_block, last_block):
+        index = number * K + slot[None, :]
         inside = row_inside & (index < width)
         if FROM_SCORES:
             scores = tl.load(source + row_place + index, mask=inside, other=0.0)
@@ -248,12 +263,16 @@ def select_kernel(
         # bitonic.
         best = tl.maximum(best, tl.sort(block, descending=False))
         best = tl.bitonic_merge(best, descending=True)
-    order = (best >> 32).to(tl.int32)
-    value = tl.where(order < 0, (order ^ _INT32_MAX) + 1, order).to(tl.float32, bitcast=True)
-    place = row_index.to(tl.int64)[:, None] * k + slot[None, :]
     wanted = row_inside & (slot[None, :] < k)
-    tl.store(values + place, value, mask=wanted)
-    tl.store(indices + place, (best & _INT32_MAX) ^ _INT32_MAX, mask=wanted)
+    if TO_LISTS:
+        list_place = row_index.to(tl.int64) * tl.num_programs(1) + stretch
+        tl.store(lists + list_place[:, None] * k + slot[None, :], best, mask=wanted)
+    else:
+        order = (best >> 32).to(tl.int32)
+        value = tl.where(order < 0, (order ^ _INT32_MAX) + 1, order).to(tl.float32, bitcast=True)
+        place = row_index.to(tl.int64)[:, None] * k + slot[None, :]
+        tl.store(values + place, value, mask=wanted)
+        tl.store(indices + place, (best & _INT32_MAX) ^ _INT32_MAX, mask=wanted)
 
 
 # Smaller than the losses' tiles: the list and the tile's order stay in registers together.
@@ -263,8 +282,8 @@ _HALF = {
     100: Tiling(64, 128, 64, 8, 3),
 }
 _SINGLE = Tiling(64, 64, 16, 8, 3)
-# There the compiler would rather spill than use more than 128 registers of the larger tile.
-_SINGLE_SHORT_90 = Tiling(64, 32, 32, 8, 3)
+# From sm_90 on the compiler would rather spill than give the larger tile more than 128 registers.
+_SINGLE_SHORT = Tiling(64, 32, 32, 8, 3)
 
 SELECT_ENTRIES = 2048
 """Entries that a program of `select_kernel` sorts at a time."""
@@ -280,7 +299,7 @@ def topk_tiling(dtype: torch.dtype, slots: int, capability: int | None) -> Tilin
     if capability is None:
         return tiling(dtype, capability)
     if dtype == torch.float32:
-        return _SINGLE_SHORT_90 if 90 <= capability < 100 and slots <= 32 else _SINGLE
+        return _SINGLE_SHORT if capability >= 90 and slots <= 32 else _SINGLE
     return _HALF[max((number for number in _HALF if number <= capability), default=80)]
 
 
@@ -356,6 +375,7 @@ def similarity_topk(
 
     Args:
         stretches: into how many the keys are cut; None: as many as the device needs.
+        chunk_elements: similarities held at a time where k is large.
     """
     queries, keys = operands(queries, keys)
     both_norms = _both_norms(queries, keys, normalize)
@@ -375,27 +395,70 @@ def similarity_topk(
         scores = rows.new_empty((rows.shape[0], keys.shape[0]), dtype=torch.float32)
         part = None if both_norms is None else (both_norms[0][chunk], both_norms[1])
         _write_similarity(rows, keys, one, part, scores)
-        select(scores, k, Neighbours(*(x[chunk] for x in result)))
+        select(scores, k, Neighbours(*(x[chunk] for x in result)), stretches)
+        del scores  # the name would keep it while the next chunk is allocated
     return result
 
 
-def select(source: Tensor, k: int, result: Neighbours) -> None:
+def select(source: Tensor, k: int, result: Neighbours, stretches: int | None = None) -> None:
     """Write each row's k largest to `result`, in the order of `reference_similarity`.
 
     Args:
         source: [M, width], scores in fp32, whose index is their place, or entries in int64.
         k: at most `width`.
         result: [M, k] each.
+        stretches: into how many the width is cut, each selected from by a program of its own
+            before a second pass selects from them all; None: as many as the device needs.
     """
+    rows, width = source.shape
+    if rows == 0:
+        return
+    blocks = triton.cdiv(width, slots_for(k))
+    if stretches is None:
+        stretches = select_stretches(rows, width, k, multiprocessors(source.device))
+    per_stretch = triton.cdiv(blocks, min(stretches, blocks))
+    stretches = triton.cdiv(blocks, per_stretch)
+    if stretches > 1:
+        # Entries carry their index, and all differ: from which list one is taken does not matter.
+        lists = source.new_empty((rows, stretches * k), dtype=torch.int64)
+        _select(source, k, lists, result, stretches, per_stretch)
+        source, blocks = lists, triton.cdiv(lists.shape[1], slots_for(k))
+    _select(source, k, source, result, 1, blocks)
+
+
+def _select(
+    source: Tensor, k: int, lists: Tensor, result: Neighbours, stretches: int, per_stretch: int
+) -> None:
+    """One pass of `select_kernel`; of several stretches it writes the lists, of one the result."""
     rows, width = source.shape
     slots = slots_for(k)
     block_m = SELECT_ENTRIES // slots
-    if rows:
-        select_kernel[(triton.cdiv(rows, block_m),)](
-            source, *result, rows, width, k,
-            K=slots, BLOCK_M=block_m, FROM_SCORES=source.dtype == torch.float32,
-            num_warps=SELECT_WARPS,
-        )  # fmt: skip
+    select_kernel[(triton.cdiv(rows, block_m), stretches)](
+        source, lists, *result, rows, width, k, per_stretch,
+        K=slots, BLOCK_M=block_m, FROM_SCORES=source.dtype == torch.float32,
+        TO_LISTS=stretches > 1, num_warps=SELECT_WARPS,
+    )  # fmt: skip
+
+
+def select_stretches(rows: int, width: int, k: int, processors: int) -> int:
+    """Enough stretches of `width` for four programs of `select_kernel` on each multiprocessor.
+
+    Of no fewer than eight blocks each, and no more than the square root of a row's blocks: the
+    second pass goes through one after the other. The more rows, the fewer stretches: all lists hold
+    no more than 8·processors·`SELECT_ENTRIES` entries (17 MB on 132 multiprocessors).
+    """
+    slots = slots_for(k)
+    blocks = triton.cdiv(width, slots)
+    wanted = triton.cdiv(4 * processors, triton.cdiv(rows, SELECT_ENTRIES // slots))
+    return max(1, min(wanted, blocks // 8, math.isqrt(blocks)))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has; the interpreter none."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _both_norms(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor] | None:
@@ -437,7 +500,7 @@ def _stretch_lists(
     tile = topk_tiling(queries.dtype, slots, capability_of(queries))
     tiles_m, tiles_n = triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)
     if stretches is None:
-        stretches = _stretches(queries, tiles_m, tiles_n)
+        stretches = _stretches(tiles_m, tiles_n, multiprocessors(queries.device))
     per_stretch = triton.cdiv(tiles_n, min(stretches, tiles_n))
     grid = (tiles_m, triton.cdiv(tiles_n, per_stretch))
     lists = queries.new_empty((rows, grid[1] * slots), dtype=torch.int64)
@@ -452,15 +515,12 @@ def _stretch_lists(
     return lists
 
 
-def _stretches(queries: Tensor, tiles_m: int, tiles_n: int) -> int:
+def _stretches(tiles_m: int, tiles_n: int, processors: int) -> int:
     """Enough stretches for two programs on each multiprocessor, of no fewer than four tiles each.
 
     Each stretch fills its list anew, which costs as much as many tiles later on.
     """
-    if not queries.is_cuda:
-        return 1
-    wanted = 2 * torch.cuda.get_device_properties(queries.device).multi_processor_count
-    return max(1, min(triton.cdiv(wanted, max(tiles_m, 1)), tiles_n // 4))
+    return max(1, min(triton.cdiv(2 * processors, max(tiles_m, 1)), tiles_n // 4))
 
 
 def _product(weights: Tensor, features: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ A program of its own, as `interpreted.py` is and for its reasons:
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastclip.kernels import similarity as kernels
 from fastclip.ops.similarity import (
@@ -34,6 +37,7 @@ from similarity_oracles import (
     expected_similarity,
     raw_features,
     stable_topk,
+    whole_numbers,
 )
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)
@@ -58,6 +62,7 @@ TOPK_SHAPES = (
     (4, 33, 640, 33, 2),
     (4, 131, 768, 17, 5),
     (2, 40, 1024, 40, 1),
+    (5, 200, 64, 70, 2),
     (33, 40, 1152, 5, 2),
 )
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -210,6 +215,85 @@ def odd_numbers() -> bool:
     return good
 
 
+def _same(found: kernels.Neighbours, wanted: tuple[Tensor, Tensor]) -> bool:
+    values = (x.nan_to_num(1e9) for x in (found.values, wanted[0].to(found.values.dtype)))
+    return torch.equal(*values) and torch.equal(found.indices, wanted[1])
+
+
+def stretches_of_rows() -> dict[str, bool]:
+    """Whether rows that are cut for selection give what a stable sort of the whole row gives."""
+    inf, nan = float("inf"), float("nan")
+    odd = torch.tensor([0.0, -0.0, nan, -inf, 1e-42, inf, -nan, -1.0, inf, -inf, nan])
+    report = {}
+    for width, k, stretches, cut_into in (
+        (77, 1, 2, 2),
+        (77, 16, 3, 3),  # the last of them has fewer than k
+        (77, 5, 99, 5),
+        (16, 16, 3, 1),
+        (200, 40, 99, 4),
+    ):
+        scores = torch.randn(6, width).round(decimals=1)
+        scores[1], scores[2], scores[3], scores[4] = 0.0, nan, -inf, odd.repeat(24)[:width]
+        scores[5, [0, width - 1]] = nan
+        result = kernels.Neighbours(scores.new_empty(6, k), scores.new_empty(6, k).long())
+        launched, _ = _passes(kernels.select, scores, k, result, stretches)
+        expected = [cut_into, 1] if cut_into > 1 else [1]
+        case = f"{width} {k} {stretches}"
+        report[case] = launched == expected and _same(result, stable_topk(scores, k))
+    return report
+
+
+def _passes(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[list[int], Any]:
+    """Into how many stretches each pass of the selection cuts its rows, and the call's result."""
+    plain, seen = kernels._select, []
+
+    def noted(*arguments: Any) -> None:
+        seen.append(arguments[4])
+        plain(*arguments)
+
+    kernels._select = noted
+    result = call(*arguments, **options)
+    kernels._select = plain
+    return seen, result
+
+
+def as_on_a_device() -> dict[str, bool]:
+    """Whether cuts chosen for a device's multiprocessors change nothing, of lists and of scores."""
+    report = {}
+    queries, keys = whole_numbers(3, 6, 0), whole_numbers(520, 6, 1)
+    keys[470, 2], queries[1] = float("nan"), 0
+    scores = similarity(queries, keys, normalize=False, impl="triton")
+    plain = kernels.multiprocessors, kernels.STREAMED_K
+    kernels.multiprocessors, kernels.STREAMED_K = lambda device: 8, 5
+    for k, stretches, cut_into in ((3, 17, 2), (9, None, 4)):
+        launched, found = _passes(
+            kernels.similarity_topk, queries, keys, k, normalize=False, stretches=stretches
+        )
+        report[str(k)] = launched == [cut_into, 1] and _same(found, stable_topk(scores, k))
+    kernels.multiprocessors, kernels.STREAMED_K = plain
+    return report
+
+
+def chunks_alive() -> list[int]:
+    """Of how many chunks the scores are held at a time, by each chunk; where k is large."""
+    queries, keys = raw_features(8, 80, 6)
+    chunks, counts = [], []
+    plain = Tensor.new_empty
+
+    def noted(self: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        tensor = plain(self, *arguments, **options)
+        if tensor.shape == (2, 80):
+            gc.collect()  # the interpreter leaves its arguments in cycles
+            chunks.append(StorageWeakRef(tensor.untyped_storage()))
+            counts.append(sum(not chunk.expired() for chunk in chunks))
+        return tensor
+
+    Tensor.new_empty = noted
+    kernels.similarity_topk(queries, keys, 70, normalize=True, chunk_elements=160)
+    Tensor.new_empty = plain
+    return counts
+
+
 def edges() -> dict[str, bool]:
     """No queries, features that are not contiguous, results in half precision."""
     queries, keys = raw_features(5, 40, 12)
@@ -291,6 +375,9 @@ def main() -> None:
     report["longest lists"] = longest_lists()
     report["rising"] = falling_and_rising()
     report["odd numbers"] = odd_numbers()
+    report["stretches of rows"] = stretches_of_rows()
+    report["as on a device"] = as_on_a_device()
+    report["chunks alive"] = chunks_alive()
     report["edges"] = edges()
     print(json.dumps(report))
 

@@ -27,6 +27,12 @@ def axes(rows: int, dims: int, seed: int) -> Tensor:
     return torch.zeros(rows, dims).scatter_(1, place, sign * 2.0**power)
 
 
+def whole_numbers(rows: int, dims: int, seed: int) -> Tensor:
+    """Features from −4 to 4: their products are exact in any dtype and order, and often equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-4, 5, (rows, dims), generator=generator).float()
+
+
 def expected_similarity(queries: Tensor, keys: Tensor, scale: float, normalize: bool) -> Tensor:
     """[M, N] in fp64."""
     queries, keys = queries.double(), keys.double()

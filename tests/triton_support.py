@@ -15,10 +15,14 @@ def _release(version: str) -> tuple[int, ...]:
 try:
     BEFORE_3_7 = _release(importlib.metadata.version("triton")) < (3, 7)
 except importlib.metadata.PackageNotFoundError:
-    BEFORE_3_7 = False  # and the tests are skipped for that
+    BEFORE_3_7 = False
 
-needs_interpreter = pytest.mark.skipif(
-    BEFORE_3_7 and _release(np.__version__) >= (2, 4),
-    reason="Triton's interpreter before 3.7 does not run with NumPy 2.4 and newer",
-)
-"""For tests that run kernels on the CPU."""
+
+def skip_without_interpreter() -> None:
+    """For tests that run kernels on the CPU."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if BEFORE_3_7 and _release(np.__version__) >= (2, 4):
+        pytest.skip(
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy "
+            f"{np.__version__}: it needs Triton 3.7, or NumPy before 2.4"
+        )

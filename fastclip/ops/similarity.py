@@ -49,7 +49,8 @@ def similarity(
         raise TypeError(f"out_dtype is {_names()}, not {out_dtype}")
     if not isinstance(scale, Tensor):
         dtype = compute_dtype(queries.dtype)
-        scale = torch.tensor(float(scale), dtype=dtype, device=queries.device)
+        # A fill, not a copy from the host, which a CUDA graph could not capture.
+        scale = torch.full((), float(scale), dtype=dtype, device=queries.device)
     elif scale.shape not in ((), (1,)):
         raise ValueError(f"scale is one number, of shape [] or [1], not {list(scale.shape)}")
     elif not scale.is_floating_point():

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu_suite, record
 from benchmarks.gpu_suite import PARTS, Part
-from triton_support import needs_interpreter
+from triton_support import skip_without_interpreter
 
 
 def _python(code: str) -> tuple[str, ...]:
@@ -198,9 +198,8 @@ def test_tests_are_named_by_files_that_mark_some_for_a_gpu() -> None:
         assert re.search(r"mark(s=pytest\.mark)?\.gpu", (record.ROOT / file).read_text()), file
 
 
-@needs_interpreter
 def test_kernels_pass_their_check_in_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
+    skip_without_interpreter()
     code = """
 import sys
 from benchmarks import check_kernels

@@ -31,9 +31,10 @@ from fastclip.kernels.tiling import Tiling, tiling
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 SIZES = ("query_count", "key_count", "row_count", "row_stride", "column_stride", "dims", "width")
+COUNTS = ("k", "tiles_per_stretch", "blocks_per_stretch")
 TYPES = (
     dict.fromkeys(SIZES, "i32")
-    | dict.fromkeys(("k", "tiles_per_stretch"), "i32")
+    | dict.fromkeys(COUNTS, "i32")
     | dict.fromkeys(("query_norms", "key_norms", "norms", "scale", "values"), "*fp32")
     | dict.fromkeys(("lists", "indices"), "*i64")
 )
@@ -93,15 +94,22 @@ def test_lists_stay_in_registers(dtype: torch.dtype, slots: int, capability: int
 
 @pytest.mark.parametrize("slots", [16, 32, 64, 128, 256, 512, 1024])
 def test_selection_fits(slots: int, capability: int) -> None:
-    from_scores = slots > slots_for(STREAMED_K)
-    needs = compile_kernel(
-        select_kernel,
-        TYPES | {"source": "*fp32" if from_scores else "*i64"},
-        {"K": slots, "BLOCK_M": SELECT_ENTRIES // slots, "FROM_SCORES": from_scores},
-        capability,
-        num_warps=SELECT_WARPS,
-    )
-    _fits(needs, capability, f"selection of {slots}")
+    # Scores are selected from where lists are too long for registers; entries in any case.
+    for from_scores in (False, True)[: 1 + (slots > slots_for(STREAMED_K))]:
+        for to_lists in (False, True):
+            needs = compile_kernel(
+                select_kernel,
+                TYPES | {"source": "*fp32" if from_scores else "*i64"},
+                {
+                    "K": slots,
+                    "BLOCK_M": SELECT_ENTRIES // slots,
+                    "FROM_SCORES": from_scores,
+                    "TO_LISTS": to_lists,
+                },
+                capability,
+                num_warps=SELECT_WARPS,
+            )
+            _fits(needs, capability, f"selection of {slots}, {from_scores=} {to_lists=}")
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,18 @@ from similarity_oracles import (
     expected_similarity,
     raw_features,
     stable_topk,
+    whole_numbers,
 )
+from triton_support import skip_without_interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRADIENT_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3}
+GPU_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton is not installed")
+    skip_without_interpreter()
     program = Path(__file__).parents[1] / "interpreted_similarity.py"
     done = subprocess.run(
         [sys.executable, str(program)],
@@ -189,54 +191,6 @@ def test_no_queries() -> None:
     assert [tuple(x.shape) for x in similarity_topk(queries, keys, 3)] == [(0, 3), (0, 3)]
 
 
-A, B = torch.ones(3, 4), torch.ones(5, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "kind", "message"),
-    [
-        (lambda: similarity(A[0], B), ValueError, r"queries are \[rows, dims\], not \[4\]"),
-        (lambda: similarity(A, B[None]), ValueError, r"keys are \[rows, dims\]"),
-        (lambda: similarity(A.long(), B.long()), TypeError, r"int64; use queries.float\(\)"),
-        (lambda: similarity(A, B.double()), TypeError, r"one dtype.*convert one"),
-        (lambda: similarity(A, B[:, :3]), ValueError, r"one number of dimensions.*\[5, 3\]"),
-        (lambda: similarity(A[:, :0], B[:, :0]), ValueError, "at least 1"),
-        (lambda: similarity(A, B[:0]), ValueError, "keys are empty"),
-        (lambda: similarity(A, B.to("meta")), ValueError, "cpu and meta: move one"),
-        (lambda: similarity(A, B, torch.ones(2)), ValueError, r"scale is one number.*\[2\]"),
-        (lambda: similarity(A, B, torch.tensor(2)), TypeError, "scale is a floating point"),
-        (lambda: similarity(A, B, torch.ones(1, device="meta")), ValueError, "scale is on meta"),
-        (lambda: similarity(A, B, out_dtype=torch.int8), TypeError, "out_dtype is float32"),
-        (lambda: similarity(A, B, impl="cuda"), ValueError, "impl is auto"),  # pyright: ignore[reportArgumentType]
-        (lambda: similarity_topk(A, B, 6), ValueError, "k is from 1 to 5 .*not 6"),
-        (lambda: similarity_topk(A, B, 0), ValueError, "not 0"),
-        (lambda: similarity_topk(A, B, 2.0), TypeError, "k is an int, not float"),  # pyright: ignore[reportArgumentType]
-        (lambda: similarity_topk(A, B, True), TypeError, "not bool"),
-        (lambda: similarity_topk(A, B[:0], 1), ValueError, "keys are empty"),
-        (lambda: similarity_topk(A, B.half(), 1), TypeError, "one dtype"),
-        (
-            lambda: similarity_topk(A.double(), B.double(), 1, impl="triton"),
-            ValueError,
-            "fp64|CUDA",
-        ),
-    ],
-)
-def test_what_cannot_be_compared_is_said(
-    call: Callable[[], Tensor], kind: type[Exception], message: str
-) -> None:
-    with pytest.raises(kind, match=message):
-        call()
-
-
-def test_derivatives_that_there_are_not_are_refused() -> None:
-    queries, keys = (x.requires_grad_() for x in raw_features(3, 5, 4))
-    with pytest.raises(RuntimeError, match=r"not differentiable.*keys\[indices\]"):
-        similarity_topk(queries, keys, 2)[0].sum().backward()
-    (first,) = torch.autograd.grad(similarity(queries, keys).sum(), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
-
-
 def test_operators_pass_torchs_checks() -> None:
     leaves = [x.requires_grad_() for x in (*raw_features(5, 9, 6), torch.tensor([3.0]))]
     plain = [x.detach() for x in leaves]
@@ -285,7 +239,7 @@ def test_kernels_rows_without_length(report: dict[str, Any], dtype: str) -> None
 
 
 def test_kernels_nearest_keys(report: dict[str, Any]) -> None:
-    assert len(report["nearest"]) == 24
+    assert len(report["nearest"]) == 26
     for case, found in report["nearest"].items():
         assert found["values"] is True, case
         assert found["indices"] is True, case
@@ -293,6 +247,33 @@ def test_kernels_nearest_keys(report: dict[str, Any]) -> None:
     assert len(report["ties"]) == 10
     for case, found in report["ties"].items():
         assert found is True, case
+
+
+def test_kernels_select_from_stretches(report: dict[str, Any]) -> None:
+    assert len(report["stretches of rows"]) == 5
+    assert len(report["as on a device"]) == 2
+    for case, found in (*report["stretches of rows"].items(), *report["as on a device"].items()):
+        assert found is True, case
+    assert report["chunks alive"] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "k"),
+    [(1, 200, 100), (1, 1 << 30, 65), (256, 1 << 20, 100), (1024, 1 << 18, 1024), (1, 4224, 10)],
+)
+def test_selection_is_cut_to_fill_a_device(rows: int, width: int, k: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fastclip.kernels.similarity import SELECT_ENTRIES, select_stretches, slots_for
+
+    slots, processors = slots_for(k), 132
+    stretches = select_stretches(rows, width, k, processors)
+    blocks = -(-width // slots)
+    programs = stretches * -(-rows // (SELECT_ENTRIES // slots))
+    fills = programs >= 4 * processors
+    assert fills or stretches == max(1, min(blocks // 8, int(blocks**0.5)))
+    assert stretches == 1 or rows * stretches * k <= 8 * processors * SELECT_ENTRIES
+    assert fills == (width > 1 << 17)
+    assert select_stretches(rows, width, k, 0) == 1
 
 
 def test_kernels_in_odd_cases(report: dict[str, Any]) -> None:
@@ -304,3 +285,69 @@ def test_kernels_in_odd_cases(report: dict[str, Any]) -> None:
     assert report["odd numbers"] is True
     assert report["operators"] is True
     assert report["compiled"] < 1e-6
+
+
+def _on_gpu(dtype: torch.dtype, *features: Tensor) -> list[Tensor]:
+    return [x.cuda().to(dtype) for x in features]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (130, 257, 64), (300, 1001, 768), (65, 4099, 1152)])
+def test_gpu_matrices_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    queries, keys = _on_gpu(dtype, *raw_features(*shape))
+    scale = torch.tensor(14.25, device="cuda")
+    leaves = [x.requires_grad_() for x in (queries, keys, scale)]
+    result = similarity(*leaves, impl="triton")
+    wanted = expected_similarity(queries.detach(), keys.detach(), 14.25, True)
+    assert error(result.detach(), wanted) < 1e-5
+    upstream = torch.randn_like(result)
+    found = torch.autograd.grad(result, leaves, upstream)
+    gradients = expected_gradients(upstream, queries, keys, 14.25, True)
+    terms = float((upstream * wanted).norm()) / 14.25  # of the scale's gradient; they cancel
+    for value, gradient in zip(found, gradients, strict=True):
+        assert error(value, gradient, 0.0 if value.ndim else terms) < GPU_TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_gpu_nearest_keys(k: int, dtype: torch.dtype) -> None:
+    for m, n, dims in ((1, 100, 5), (33, 20_011, 64), (1025, 5003, 200)):
+        queries, keys = _on_gpu(dtype, whole_numbers(m, dims, 0), whole_numbers(n, dims, 1))
+        keys[n // 3, 0], queries[m // 2, 1:] = float("nan"), 0
+        found = similarity_topk(queries, keys, k, normalize=False, impl="triton")
+        wanted = stable_topk(expected_similarity(queries, keys, 1.0, False), k)
+        assert torch.equal(found[1], wanted[1]), (m, n, dims)
+        assert torch.equal(found[0].double().nan_to_num(1e9), wanted[0].nan_to_num(1e9))
+        queries, keys = _on_gpu(dtype, *raw_features(m, n, dims))
+        values = similarity_topk(queries, keys, k, impl="triton")[0]
+        wanted = stable_topk(expected_similarity(queries, keys, 1.0, True), k)
+        assert error(values, wanted[0]) < 1e-5, (m, n, dims)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [10, 100])
+def test_gpu_graphs_replay(k: int) -> None:
+    queries, keys = _on_gpu(torch.bfloat16, *raw_features(200, 9001, 256))
+    scale, upstream = torch.tensor(2.5, device="cuda"), torch.randn(200, 9001, device="cuda")
+
+    def step() -> list[Tensor]:
+        matrix = similarity(queries, keys, 2.5, impl="triton")
+        gradients = similarity_gradients(upstream, queries, keys, scale, True, True, True, "triton")
+        return [matrix, *gradients, *similarity_topk(queries, keys, k, impl="triton")]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for features, others in zip((queries, keys), raw_features(200, 9001, 256, seed=1), strict=True):
+        features.copy_(others)
+    graph.replay()
+    torch.cuda.synchronize()
+    for value, wanted in zip(outputs, step(), strict=True):
+        assert torch.equal(value, wanted)

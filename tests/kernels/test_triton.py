@@ -16,7 +16,7 @@ from fastclip.losses import clip_loss, siglip_loss
 from fastclip.ops.dispatch import choose
 from loss_oracles import clip_expected, error, features
 from ranks import run_ranks
-from triton_support import needs_interpreter
+from triton_support import skip_without_interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,6 +26,7 @@ ROUNDING = 6e-8
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
+    skip_without_interpreter()
     program = Path(__file__).parents[1] / "interpreted.py"
     done = subprocess.run(
         [sys.executable, str(program)],
@@ -43,7 +44,6 @@ def report() -> dict[str, Any]:
     [("softmax", "fp32"), ("softmax", "fp16"), ("softmax kept", "fp32"), ("sigmoid", "fp32"),
      ("sigmoid", "fp16")],
 )  # fmt: skip
-@needs_interpreter
 def test_passes_equal_the_reference(report: dict[str, Any], kind: str, dtype: str) -> None:
     cases = {k: v for k, v in report["passes"].items() if k.startswith(f"{kind} {dtype} ")}
     assert len(cases) == 18
@@ -56,26 +56,22 @@ def test_passes_equal_the_reference(report: dict[str, Any], kind: str, dtype: st
     print(f"{kind} {dtype}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
 
 
-@needs_interpreter
 def test_one_block_of_the_gradient_lives_at_a_time(report: dict[str, Any]) -> None:
     assert report["blocks alive"] == 1
 
 
-@needs_interpreter
 def test_losses_equal_their_definitions(report: dict[str, Any]) -> None:
     assert len(report["losses"]) == 26
     for name, value in report["losses"].items():
         assert value < 1e-5, (name, value)
 
 
-@needs_interpreter
 def test_preparing_and_finishing_pairs(report: dict[str, Any]) -> None:
     assert len(report["pairs"]) == 140
     for name, value in report["pairs"].items():
         assert value < (TOLERANCE["fp16"] if "float16" in name else 2e-6), (name, value)
 
 
-@needs_interpreter
 def test_what_one_exponential_cannot_hold(report: dict[str, Any]) -> None:
     """Within the accuracy contract, whose scalars may be right by luck on the plain path."""
     assert len(report["extremes"]) == 12
@@ -87,13 +83,11 @@ def test_what_one_exponential_cannot_hold(report: dict[str, Any]) -> None:
             assert mine <= max(1.5 * theirs, lucky), (case, name, mine, theirs)
 
 
-@needs_interpreter
 def test_operators_pass_torchs_checks_and_nan_is_not_hidden(report: dict[str, Any]) -> None:
     assert report["operators"] is True
     assert report["nan"] is True
 
 
-@needs_interpreter
 def test_losses_are_one_graph_to_the_compiler(report: dict[str, Any]) -> None:
     assert len(report["compiled"]) == 4
     assert set(report["compiled"].values()) == {0.0}
@@ -113,10 +107,10 @@ def _share_of_the_loss(runtime: Any, sizes: tuple[int, ...], ring: bool) -> Any:
     return loss.detach(), x.grad, y.grad, s.grad
 
 
-@needs_interpreter
 def test_stripes_of_two_ranks_equal_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_without_interpreter()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     sizes = (37, 5)
     image, text = (x.float() for x in features(sum(sizes), 20))
