@@ -4,11 +4,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "data_bindings.h"
 
@@ -121,8 +121,9 @@ py::object read_members(int descriptor, const py::tuple& places) {
     member.size = size;
     member.content = PyBytes_AS_STRING(content);
   }
-  std::sort(members.begin(), members.begin() + count,
-            [](const Member& a, const Member& b) { return a.offset < b.offset; });
+  for (int i = 1; i < count; ++i)
+    for (int j = i; j > 0 && members[j].offset < members[j - 1].offset; --j)
+      std::swap(members[j], members[j - 1]);
   int fault;
   {
     py::gil_scoped_release release;
