@@ -29,10 +29,11 @@ class Need:
     """Bytes that a step keeps on its device."""
 
     per_pair: float
-    """Activations of one pair of a micro-batch."""
+    """Activations of one pair of a micro-batch, at the most."""
 
     fixed: float
-    """Whatever the micro-batches are: optimiser states, gradients, features, the loss's budget."""
+    """Whatever the micro-batches are: pixels of the batch, optimiser states, gradients, features,
+    the loss's budget."""
 
 
 def find_micro_batches(
@@ -90,15 +91,32 @@ def measure(model: Clip, batch_size: int, loss_budget: int, optimizer_bytes: int
     """From forward passes of one and of three pairs."""
     few, more = (kept_bytes(model, pairs) for pairs in (1, 3))
     per_pair = max((more - few) / 2, 0.0)
+    side = model.config.vision.image_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = (
         few
         - per_pair
+        + batch_size * 3 * side**2  # the pixels
         + trained * optimizer_bytes
         + batch_size * model.config.embed_dim * _FEATURE_BYTES
         + loss_budget
     )
-    return Need(per_pair, fixed)
+    return Need(per_pair + _recomputed_block(model), fixed)
+
+
+def _recomputed_block(model: Clip) -> float:
+    """Bytes a pair of the one block that is there at a time where blocks are computed anew."""
+    largest = 0.0
+    for tower in (model.visual, model.text):
+        if not tower.recompute:
+            continue
+        few, more = (kept_bytes(model, pairs) for pairs in (1, 3))
+        tower.recompute = False
+        whole_few, whole_more = (kept_bytes(model, pairs) for pairs in (1, 3))
+        tower.recompute = True
+        spared = (whole_more - whole_few - (more - few)) / 2
+        largest = max(largest, spared / len(tower.blocks))  # pyright: ignore[reportArgumentType]
+    return largest
 
 
 def kept_bytes(model: Clip, pairs: int) -> int:

@@ -21,7 +21,8 @@ PARTS = (
 """Ranges that the step marks, in its order; `fastclip::` stands before each in the trace."""
 
 _PREFIX = "fastclip::"
-_COMMUNICATION = ("nccl:", "gloo:", "ncclDevKernel")
+_KERNELS = "ncclDevKernel"
+_COMMUNICATION = ("nccl:", "gloo:")
 
 
 def profile_run(config: TrainConfig, directory: Path, steps: int = 5) -> str:
@@ -47,7 +48,11 @@ def profile_run(config: TrainConfig, directory: Path, steps: int = 5) -> str:
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
             activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities, acc_events=True) as profiler:
+        # On a thread of its own, autograd's kernels would be outside of the part "backward".
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            profile(activities=activities, acc_events=True) as profiler,
+        ):
             for _ in range(steps):
                 run.one_step()
             if runtime.device.type == "cuda":
@@ -70,21 +75,27 @@ def format_table(averages: Iterable[Any], steps: int, *, on_cuda: bool) -> str:
     host: dict[str, float] = {}
     device: dict[str, float] = {}
     for entry in averages:
-        name = entry.key
-        if name.startswith(_PREFIX):
+        name, on_device = entry.key, entry.device_type.name == "CUDA"
+        if name.startswith(_KERNELS):
+            part, on_device = "communication", True
+        elif on_device:
+            continue  # a range once more, with the same kernels' time
+        elif name.startswith(_PREFIX):
             part = name.removeprefix(_PREFIX)
         elif name.startswith(_COMMUNICATION):
             part = "communication"
         else:
             continue
-        host[part] = host.get(part, 0.0) + entry.cpu_time_total / 1e3 / steps
-        device[part] = device.get(part, 0.0) + entry.device_time_total / 1e3 / steps
+        if not on_device:
+            host[part] = host.get(part, 0.0) + entry.cpu_time_total / 1e3 / steps
+        if on_device or part != "communication":
+            device[part] = device.get(part, 0.0) + entry.device_time_total / 1e3 / steps
     parts = [part for part in PARTS if part in host]
     whole = sum(host[part] for part in parts)
     lines = [f"{'part':<16} {'host ms':>10} {'share':>7}" + (f" {'GPU ms':>10}" if on_cuda else "")]
     for part in [*parts, *(["communication"] if "communication" in host else [])]:
         share = f"{host[part] / whole:.1%}" if whole else "–"
-        gpu = f" {device[part]:>10.2f}" if on_cuda else ""
+        gpu = f" {device.get(part, 0.0):>10.2f}" if on_cuda else ""
         lines.append(f"{part:<16} {host[part]:>10.2f} {share:>7}{gpu}")
     lines.append(f"{'step':<16} {whole:>10.2f}")
     if "communication" in host:

@@ -273,8 +273,34 @@ def check_settings(config: TrainConfig, runtime: Runtime) -> int:
             "run.cuda_graphs needs run.compile=blocks or towers and a CUDA device, not "
             f"run.compile={config.run.compile} on {runtime.device.type}"
         )
+    if config.run.cuda_graphs:
+        _check_graphs(config, runtime.world_size)
     check_engine(config.engine, config.optim, runtime)
     return batch_size
+
+
+def _check_graphs(config: TrainConfig, world_size: int) -> None:
+    """Refuse what would overwrite a graph's memory while it is in use, or record it at each step.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    run = config.run
+    checkpointing = (run.activation_checkpointing_visual, run.activation_checkpointing_text)
+    if run.micro_batches != 1:
+        raise ValueError(
+            f"run.cuda_graphs needs run.micro_batches=1, not {run.micro_batches}: the features of "
+            "one micro-batch would be overwritten by the next"
+        )
+    if "full" in checkpointing:
+        raise ValueError(
+            "run.cuda_graphs does not go with run.activation_checkpointing_visual or _text=full: "
+            "choose selective"
+        )
+    if effective_zero_stage(config.engine, world_size, config.optim) == 3:
+        raise ValueError(
+            "run.cuda_graphs needs parameters that stay where they are: engine.zero_stage below 3"
+        )
 
 
 def check_agreement(identity: str, samples: int, runtime: Runtime) -> None:

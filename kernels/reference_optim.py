@@ -40,13 +40,14 @@ def random_bits(count: int, seed: int, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """fp32 `x` to bfloat16: to either neighbour, the nearer the likelier.
+    """fp32 `x` to bfloat16: to either neighbour, the nearer the likelier; NaN and infinities stay.
 
     Args:
         bits: int32, like `x`; the low 16 bits of each are used.
     """
     rounded = (x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
-    return rounded.view(torch.float32).bfloat16()
+    # Beyond a GPU's NaN, 0x7FFFFFFF, lies -0.
+    return torch.where(x.isnan(), x, rounded.view(torch.float32)).bfloat16()
 
 
 def compact_adamw(
@@ -95,3 +96,25 @@ def compact_adamw(
     keep = skip != 0
     for old, updated in zip((parameter, exp_avg, exp_avg_sq), new, strict=True):
         old.copy_(torch.where(keep, old, updated.to(old.dtype)))
+
+
+def compact_adamw_group(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    seeds: list[int],
+    divisor: Tensor,
+    skip: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`compact_adamw` of many tensors, of either dtype, whose settings are the same."""
+    settings = (divisor, skip, learning_rate, beta1, beta2, eps, weight_decay)
+    lists = (parameters, gradients, exp_avgs, exp_avg_sqs, steps, seeds)
+    for p, g, m, v, step, seed in zip(*lists, strict=True):
+        compact_adamw(p, g, m, v, step, *settings, seed)

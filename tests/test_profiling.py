@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 from fastclip.profiling import PARTS, format_table
 from shards import write_shards
@@ -38,13 +39,20 @@ def test_a_trace_and_a_table(tmp_path: Path) -> None:
 
 
 def test_times_are_shared_out_over_the_steps() -> None:
-    def entry(key: str, host: float, device: float) -> SimpleNamespace:
-        return SimpleNamespace(key=key, cpu_time_total=host, device_time_total=device)
+    def entry(
+        key: str, host: float, device: float, where: DeviceType = DeviceType.CPU
+    ) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, cpu_time_total=host, device_time_total=device, device_type=where
+        )
 
     entries = [
         entry("fastclip::loss", 4000.0, 8000.0),
+        entry("fastclip::loss", 0.0, 8000.0, DeviceType.CUDA),
         entry("fastclip::backward", 12000.0, 20000.0),
         entry("nccl:all_reduce", 1000.0, 3000.0),
+        entry("nccl:all_reduce", 0.0, 3000.0, DeviceType.CUDA),
+        entry("ncclDevKernel_AllReduce_Sum_f32", 0.0, 3000.0, DeviceType.CUDA),
         entry("aten::mm", 9e9, 9e9),
     ]
     lines = format_table(entries, 2, on_cuda=True).splitlines()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastclip import cli, nvidia_apex
+from fastclip import cli, nvidia_apex, run
+from fastclip.config import apply_overrides
+from fastclip.distributed.runtime import Runtime
 from fastclip.engine import deepspeed as deepspeed_engine
+from fastclip.recipes.smoke import smoke
 
 
 @pytest.fixture
@@ -57,6 +62,27 @@ def test_contradictions(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.micro_batches=2"], "needs run.micro_batches=1, not 2"),
+        (["run.micro_batches=auto"], "needs run.micro_batches=1, not auto"),
+        (["run.activation_checkpointing_text=full"], "does not go with"),
+        (["engine.backend=deepspeed", "engine.zero_stage=3"], "engine.zero_stage below 3"),
+    ],
+)
+def test_what_cuda_graphs_would_overwrite(
+    no_tar: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    graphs = ["run.compile=blocks", "run.cuda_graphs=true", "run.global_batch_size=4"]
+    config = apply_overrides(smoke(str(no_tar)), [*graphs, *overrides])
+    gpu = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cuda"), backend="gloo")
+    monkeypatch.setattr(run, "check_engine", lambda *_: None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run.check_settings(config, gpu)
+    run.check_settings(apply_overrides(smoke(str(no_tar)), [*graphs, "engine.zero_stage=3"]), gpu)
 
 
 def test_a_wrong_key_for_deepspeed(no_tar: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,6 +190,8 @@ def deepspeed_settings(
         # the clipping is the engine's.
         "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "steps_per_print": 10**12,
+        # Its timer waits for the device at every forward and every step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": config.zero_stage,
             # Stage 1 and 2 buffers: bytes are 4 per element, allocated on the device.

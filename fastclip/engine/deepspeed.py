@@ -141,9 +141,10 @@ class DeepSpeedEngine(Engine):
         # lets all parameters of a universal checkpoint share one tensor as their count of steps.
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
-        for state in self.optimizer.state.values():
+        # Counts come on the host, and the fused AdamW wants them where the parameters are.
+        for parameter, state in self.optimizer.state.items():
             if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(parameter.device, copy=True)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         import deepspeed

@@ -64,6 +64,8 @@ def attend(
         ValueError: this `impl` cannot run on these operands.
         ImportError: xformers is not installed.
     """
+    if query.shape[0] == 0:
+        return query  # no sequence; on some GPUs PyTorch returns no tensor then
     chosen = choose(impl, query, packed=segments is not None)
     if segments is None:
         if chosen == "xformers" and visible is None:

@@ -59,6 +59,7 @@ class Clip(nn.Module):
         self.config = config
         self.autocast_dtype: torch.dtype | None = None
         self._frozen: tuple[nn.Module, ...] = ()
+        self._graphs = False
         arguments: dict[str, Any] = {
             "embed_dim": config.embed_dim,
             "projection": config.projection,
@@ -102,6 +103,7 @@ class Clip(nn.Module):
         """
         if images is None and tokens is None:
             raise ValueError("give images, tokens or both")
+        self._begin()
         with self.precision():
             with record_function("fastclip::image tower"):
                 image_features = None if images is None else self.visual(self._pixels(images))
@@ -114,6 +116,11 @@ class Clip(nn.Module):
                 bounded_exp(self.logit_scale, self.config.max_logit_scale),
                 self.logit_bias,
             )
+
+    def _begin(self) -> None:
+        """Tell CUDA graphs that what they gave before is not needed any more."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def represent(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Unit-length image features, and what linear probes use; one pass through the tower.
@@ -132,6 +139,7 @@ class Clip(nn.Module):
         Raises:
             ValueError, TypeError: as `forward`.
         """
+        self._begin()
         with self.precision():
             representation = self.visual.represent(self._pixels(images))
             features = self.visual.proj(representation)
@@ -219,6 +227,7 @@ class Clip(nn.Module):
         blocks = [m for m in self.modules() if isinstance(m, ResidualBlock | Bottleneck)]
         for module in whole if parts == "towers" else blocks:
             module.compile(mode=mode)
+        self._graphs = cuda_graphs
         # Of the one function that blocks of both towers share there are versions for images and
         # texts, the last row, gradients or none, training and evaluation, sizes fixed or free:
         # more than the 8 after which torch leaves what is new uncompiled.

@@ -9,14 +9,15 @@ from fastclip.ops.dispatch import optim_module
 
 
 @torch.library.custom_op(
-    "fastclip::compact_adamw", mutates_args=("parameter", "exp_avg", "exp_avg_sq")
+    "fastclip::compact_adamw_group", mutates_args=("parameters", "exp_avgs", "exp_avg_sqs")
 )
-def compact_adamw(
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
+def compact_adamw_group(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    seeds: list[int],
     divisor: Tensor,
     skip: Tensor,
     learning_rate: float,
@@ -24,17 +25,22 @@ def compact_adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
-    seed: int,
     impl: str,
 ) -> None:
-    """One AdamW update in place; it has no gradient."""
-    with torch.cuda.device_of(parameter):
-        optim_module(impl, parameter).compact_adamw(
-            parameter,
-            gradient.contiguous(),
-            exp_avg,
-            exp_avg_sq,
-            step,
+    """One AdamW update of many tensors in place; it has no gradient.
+
+    Meaning and arguments are those of `reference_optim.compact_adamw_group`.
+    """
+    if not parameters:
+        return
+    with torch.cuda.device_of(parameters[0]):
+        optim_module(impl, parameters[0]).compact_adamw_group(
+            parameters,
+            [gradient.contiguous() for gradient in gradients],
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            seeds,
             divisor,
             skip,
             learning_rate,
@@ -42,14 +48,13 @@ def compact_adamw(
             beta2,
             eps,
             weight_decay,
-            seed,
         )
 
 
-@compact_adamw.register_fake
+@compact_adamw_group.register_fake
 def _(
-    parameter, gradient, exp_avg, exp_avg_sq, step, divisor, skip, learning_rate, beta1, beta2, eps,
-    weight_decay, seed, impl,
+    parameters, gradients, exp_avgs, exp_avg_sqs, steps, seeds, divisor, skip, learning_rate, beta1,
+    beta2, eps, weight_decay, impl,
 ):  # fmt: skip
-    del parameter, gradient, exp_avg, exp_avg_sq, step, divisor, skip, learning_rate, beta1, beta2
-    del eps, weight_decay, seed, impl
+    del parameters, gradients, exp_avgs, exp_avg_sqs, steps, seeds, divisor, skip, learning_rate
+    del beta1, beta2, eps, weight_decay, impl

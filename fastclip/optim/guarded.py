@@ -67,7 +67,8 @@ class GuardedOptimizer(torch.optim.Optimizer, abc.ABC):
         updates = torch._foreach_add(counts, 1.0)  # pyright: ignore[reportPrivateImportUsage]
         for (number, group, parameter), update in zip(used, updates, strict=True):
             self._update(parameter, self.state[parameter], update, group, verdict, number)
-        torch._foreach_add_(counts, verdict.good)  # pyright: ignore[reportPrivateImportUsage]
+        # A list: what is to be added to all as one tensor would be read by the host.
+        torch._foreach_add_(counts, [verdict.good] * len(counts))  # pyright: ignore[reportPrivateImportUsage]
         return loss
 
     @abc.abstractmethod

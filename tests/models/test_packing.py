@@ -215,3 +215,23 @@ def test_filling_up_changes_nothing(multiple: int):
         error = worst(run(clip, packed), plainly(tokens=rows))
         print(f"filled to {packed.ids.numel()}, last row {last_row}: {error:.1e}")
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_sequence_is_no_work(packed: bool, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's attention of an empty batch gives no tensor on some GPUs."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)
+    shape = (0, 2, 8) if packed else (0, 5, 2, 8)
+    segments = Segments(torch.zeros(1, dtype=torch.int32), ()) if packed else None
+    query, key, value = (torch.zeros(shape, requires_grad=True) for _ in range(3))
+    result = attend(query, key, value, causal=True, segments=segments)
+    assert result.shape == shape
+    result.sum().backward()
+
+
+def test_towers_of_nothing():
+    clip = model()
+    output = clip(pixels()[:0], PackedTokens.pack(token_rows()[:0]))
+    assert output.image_features.shape == output.text_features.shape == (0, 24)
+    (output.image_features.sum() + output.text_features.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in clip.parameters())

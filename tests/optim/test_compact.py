@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from fastclip.engine import build_engine
+from fastclip.kernels import reference_optim
 from fastclip.kernels.reference_optim import random_bits, round_stochastically
 from fastclip.models.clip import Clip
 from fastclip.models.presets import preset
-from fastclip.ops.compact_adamw import compact_adamw
+from fastclip.ops.compact_adamw import compact_adamw_group
 from fastclip.optim import CompactAdamW, OptimConfig, build_optimizer, parameter_groups
 from fastclip.optim.compact import store_compactly
 from ranks import run_ranks
@@ -47,6 +48,21 @@ def test_what_bfloat16_holds_stays() -> None:
         assert torch.equal(round_stochastically(exact, bits).float(), exact)
 
 
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF, 0xFFC00000, 0x7F800001])
+def test_a_nan_stays_one(pattern: int) -> None:
+    """Of a GPU, which is 0x7FFFFFFF, and of a CPU."""
+    x = torch.full((65536,), pattern, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    assert x.isnan().all()
+    assert round_stochastically(x, torch.arange(65536, dtype=torch.int32)).isnan().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinity_stays(sign: int) -> None:
+    x = torch.full((65536,), sign * torch.inf)
+    rounded = round_stochastically(x, torch.arange(65536, dtype=torch.int32))
+    assert torch.equal(rounded.float(), x)
+
+
 def test_bits_differ_between_elements_tensors_and_updates() -> None:
     drawn = [
         torch.cat(random_bits(50_000, seed, torch.tensor(float(step))))
@@ -68,9 +84,14 @@ def _update(x: torch.Tensor, **changes: float | torch.Tensor) -> list[torch.Tens
     gradient = torch.as_tensor(changes.pop("gradient", torch.randn(x.shape)), dtype=x.dtype)
     numbers = {
         "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
-        "seed": 11,
-    } | changes  # fmt: skip
-    compact_adamw(parameter, gradient, m, v, *tensors.values(), *numbers.values(), impl="auto")
+    }  # fmt: skip
+    numbers |= {name: changes.pop(name) for name in numbers if name in changes}
+    seed = changes.pop("seed", 11)
+    assert not changes
+    step, divisor, skip = tensors.values()
+    compact_adamw_group(
+        [parameter], [gradient], [m], [v], [step], [seed], divisor, skip, *numbers.values(), "auto"
+    )
     return [parameter, m, v]
 
 
@@ -126,6 +147,52 @@ def test_small_updates_add_up() -> None:
         optimizer.step()
     # Five standard deviations of the mean. Rounded to nearest, no weight would have moved.
     assert float(weight.detach().double().mean()) == pytest.approx(0.96, abs=1e-3)
+
+
+def test_a_step_is_one_update_of_each_tensor(monkeypatch) -> None:
+    """In one call for a group, whatever has a gradient, and each with its own count and seed."""
+    shapes = [(3, 5), (7,), (2, 2), (4,), (6, 1)]
+    weights = [
+        torch.nn.Parameter(torch.randn(shape).to(torch.bfloat16 if len(shape) > 1 else None))
+        for shape in shapes
+    ]
+    expected = [[w.detach().clone(), torch.zeros_like(w), torch.zeros_like(w)] for w in weights]
+    groups = [
+        {"params": weights[:3], "weight_decay": 0.3},
+        {"params": [], "weight_decay": 0.2},
+        {"params": weights[3:], "lr": 0.01},
+    ]
+    optimizer = CompactAdamW(groups, lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    calls = []
+
+    def spied(*arguments) -> None:
+        calls.append(len(arguments[0]))
+        compact_adamw_group(*arguments)
+
+    monkeypatch.setattr("fastclip.optim.compact.compact_adamw_group", spied)
+    counts = [0] * len(weights)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    for without in (None, 1, 3):
+        for number, weight in enumerate(weights):
+            weight.grad = None if number == without else torch.randn_like(weight)
+        optimizer.step()
+        for number, (weight, tensors) in enumerate(zip(weights, expected, strict=True)):
+            if weight.grad is None:
+                continue
+            counts[number] += 1
+            settings = (0.1, 0.9, 0.98, 1e-6, 0.3) if number < 3 else (0.01, 0.9, 0.98, 1e-6, 0.1)
+            reference_optim.compact_adamw(
+                tensors[0], weight.grad, tensors[1], tensors[2],
+                torch.tensor(float(counts[number])), one, zero, *settings,
+                (number + 1) * 0x9E3779B1 % 2**31,
+            )  # fmt: skip
+    assert calls == [3, 2, 2, 2, 3, 1]
+    for weight, tensors in zip(weights, expected, strict=True):
+        state = optimizer.state[weight]
+        for mine, other in zip(
+            (weight, state["exp_avg"], state["exp_avg_sq"]), tensors, strict=True
+        ):
+            assert torch.equal(mine, other)
 
 
 def test_eight_bytes_a_parameter() -> None:
@@ -213,13 +280,17 @@ def test_other_precisions_are_refused() -> None:
         choose_backend(engine_config(1, precision="bf16"), 2, optim)
 
 
-def test_the_operator_passes_torchs_checks() -> None:
+def test_the_operators_pass_torchs_checks() -> None:
+    checks = ("test_schema", "test_faketensor")
+    one, zero, settings = torch.tensor(1.0), torch.tensor(0.0), (0.1, 0.9, 0.98, 1e-6, 0.1)
+    groups = [[], [], [], [], []]
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(7, 3).to(dtype)
-        arguments = (
-            x, x * 0.1, torch.zeros_like(x), torch.zeros_like(x), torch.tensor(1.0),
-            torch.tensor(1.0), torch.tensor(0.0), 0.1, 0.9, 0.98, 1e-6, 0.1, 5, "reference",
-        )  # fmt: skip
-        torch.library.opcheck(
-            compact_adamw, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        tensors = (x, x * 0.1, torch.zeros_like(x), torch.zeros_like(x), one.clone())
+        for some, tensor in zip(groups, tensors, strict=True):
+            some.append(tensor)
+    torch.library.opcheck(
+        compact_adamw_group,
+        (*groups, [5, 6], one, zero, *settings, "reference"),
+        test_utils=checks,
+    )
