@@ -144,6 +144,14 @@ PARTS = (
         )
         for cases in ("small", "dense", "grid", "large_batch", "maximum", "patch_dropout")
     ),
+    # On what `fastclip data demo` builds. Longer than a call: the same command goes on.
+    Part(
+        "training",
+        ((*_bench("training"), "--cases", "gpu"),),
+        LONGEST,
+        by_default=False,
+        stamped=True,
+    ),
     Part("interpreter_tests", ((*_PYTEST, "-q", "tests/kernels"),), 300, by_default=False),
     *(
         Part(

@@ -79,8 +79,9 @@ class RunConfig:
 
     cuda_graphs: bool = False
     """Replay what is compiled as CUDA graphs; for small models, whose launches take longer than
-    their work. Packed captions are filled up to a multiple of 1024 tokens, or as
-    data.pack_to_multiple says."""
+    their work. With one micro-batch, no full recomputation and parameters that are not sharded.
+    Packed captions are filled up to a multiple of 1024 tokens, or as data.pack_to_multiple
+    says."""
 
     layer_norm: Literal["torch", "apex"] = "torch"
     """Whose layer normalisation runs; what is compiled fuses torch's with its neighbours."""

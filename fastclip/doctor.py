@@ -140,7 +140,7 @@ def _parts() -> tuple[Finding, ...]:
         _one_of_two(
             "attention",
             torch.cuda.is_available(),
-            ("torch SDPA", "its flash kernel in bf16 and fp16"),
+            ("torch SDPA", "its fused kernels in bf16 and fp16"),
             ("torch SDPA", "its CPU kernel"),
         ),
         _one_of_two(
