@@ -284,9 +284,7 @@ def nan_in_nan_out() -> bool:
 
 def most_blocks_alive() -> int:
     """How many blocks of G there are at once, over both losses."""
-    alive: set[int] = set()
-    most = [0]
-    plain = ProductsWithG.add
+    alive, most, plain = set[int](), [0], ProductsWithG.add
 
     def counted(self: ProductsWithG, gradient: Tensor, block: Any) -> None:
         alive.add(id(gradient))
