@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 import torch
 
 from benchmarks import record, training_peers
-from benchmarks.harness import HUNG, RESUME, alive, finish, one_line
+from benchmarks.harness import RESUME, alive, finish, one_line, watch
 from benchmarks.training_peers import PROVIDERS, Provider, Training, skipped_steps
 from fastclip.config import apply_overrides
 from fastclip.data.index import index_shards
@@ -191,11 +191,7 @@ def run(
     """Measure what `rows` does not hold yet; the exit status. Logs lie beside the rows."""
     logs = rows.path.parent / "training"
     logs.mkdir(exist_ok=True)
-    started = record.Started(rows.path.with_suffix(".started"))
-    killed = started.left_behind()
-    if killed is not None and not rows.has(killed):
-        rows.write({**killed, "error": HUNG})
-        print(f"{killed['provider']}: {HUNG}")
+    started = watch(rows)
     for case, provider in itertools.product(cases, providers):
         key = {**asdict(stamp), "provider": provider.name, **asdict(case)}
         if rows.has(key):

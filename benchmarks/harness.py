@@ -190,11 +190,7 @@ def run(
             computed; it runs in fp64.
     """
     providers = [provider for provider in providers if _usable(provider, device)]
-    started = record.Started(rows.path.with_suffix(".started"))
-    killed = started.left_behind()
-    if killed is not None and not rows.has(killed):
-        rows.write({**killed, "error": HUNG})
-        print(f"{killed['provider']}: {HUNG}")
+    started = watch(rows)
     rate: float | None = None
     for case in cases:
         todo = [
@@ -247,6 +243,16 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         benchmark, cases, providers, rows, stamp, device,
         seconds=options.seconds, reference_tflop=options.reference_tflop,
     )  # fmt: skip
+
+
+def watch(rows: record.Record) -> record.Started:
+    """To be held during each measurement; one that killed an earlier process becomes a row."""
+    started = record.Started(rows.path.with_suffix(".started"))
+    killed = started.left_behind()
+    if killed is not None and not rows.has(killed):
+        rows.write({**killed, "error": HUNG})
+        print(f"{killed['provider']}: {HUNG}")
+    return started
 
 
 def finish(status: int) -> NoReturn:

@@ -101,20 +101,21 @@ def measure(model: Clip, batch_size: int, loss_budget: int, optimizer_bytes: int
         + batch_size * model.config.embed_dim * _FEATURE_BYTES
         + loss_budget
     )
-    return Need(per_pair + _recomputed_block(model), fixed)
+    return Need(per_pair + _recomputed_block(model, per_pair), fixed)
 
 
-def _recomputed_block(model: Clip) -> float:
+def _recomputed_block(model: Clip, per_pair: float) -> float:
     """Bytes a pair of the one block that is there at a time where blocks are computed anew."""
     largest = 0.0
     for tower in (model.visual, model.text):
         if not tower.recompute:
             continue
-        few, more = (kept_bytes(model, pairs) for pairs in (1, 3))
         tower.recompute = False
-        whole_few, whole_more = (kept_bytes(model, pairs) for pairs in (1, 3))
-        tower.recompute = True
-        spared = (whole_more - whole_few - (more - few)) / 2
+        try:
+            few, more = (kept_bytes(model, pairs) for pairs in (1, 3))
+        finally:
+            tower.recompute = True
+        spared = (more - few) / 2 - per_pair
         largest = max(largest, spared / len(tower.blocks))  # pyright: ignore[reportArgumentType]
     return largest
 

@@ -149,10 +149,11 @@ class _SigLipLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         # Also refuses tensors changed in place.
-        (*inputs, _), tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        image, text, scale, bias, _, *tensors = ctx.saved_tensors
+        inputs = (image, text, scale, bias)
         ctx.stripe.take_back(tensors)
         need_image, need_text = ctx.needs_input_grad[:2]
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(image.device.type, enabled=False):
             gradients = ctx.stripe.backward((need_image, need_text), grad_outputs[0])
             ctx.stripe.hand_over()
             returned = [

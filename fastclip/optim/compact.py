@@ -6,16 +6,14 @@ stochastically rounded weights) with bfloat16 for its fp16, since it needs no sc
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastclip.ops.compact_adamw import compact_adamw_group
 from fastclip.ops.dispatch import Impl
-from fastclip.optim.guarded import GuardedOptimizer, Verdict
+from fastclip.optim.guarded import Due, GuardedOptimizer, Verdict
 
 STORED = torch.bfloat16
 
@@ -35,15 +33,6 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith("positional_embedding")
 
 
-class _Due(NamedTuple):
-    """An update that is to be made."""
-
-    group: dict[str, Any]
-    parameter: Tensor
-    state: dict[str, Tensor]
-    seed: int
-
-
 class CompactAdamW(GuardedOptimizer):
     """AdamW whose statistics have the dtype of their parameter.
 
@@ -61,41 +50,14 @@ class CompactAdamW(GuardedOptimizer):
                 if not parameter.is_contiguous():
                     raise ValueError("weights in another memory format than contiguous")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient, those of a group together."""
-        self._due: list[_Due] = []
-        self._verdict: Verdict | None = None
-        loss = super().step(closure)
-        for _, found in itertools.groupby(self._due, lambda due: id(due.group)):
-            self._update_group(list(found))
-        return loss
-
-    def _update(
-        self,
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        update: Tensor,
-        group: dict[str, Any],
-        verdict: Verdict,
-        number: int,
-    ) -> None:
-        del update
-        self._verdict = verdict
-        self._due.append(_Due(group, parameter, state, number * 0x9E3779B1 % 2**31))
-
-    def _update_group(self, due: list[_Due]) -> None:
-        group, verdict = due[0].group, self._verdict
-        assert verdict is not None
+    def _update(self, group: dict[str, Any], due: list[Due], verdict: Verdict) -> None:
         compact_adamw_group(
             [x.parameter for x in due],
             [x.parameter.grad for x in due],
             [x.state["exp_avg"] for x in due],
             [x.state["exp_avg_sq"] for x in due],
-            # Counted up by now, unless nothing is to change. These stay where they are, which
-            # `update`, made anew at each step, may not.
             [x.state["step"] for x in due],
-            [x.seed for x in due],
+            [x.number * 0x9E3779B1 % 2**31 for x in due],
             verdict.divisor,
             verdict.skip,
             group["lr"],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ class Verdict:
 
     good: Tensor
     """1 - skip."""
+
+
+class Due(NamedTuple):
+    """A parameter that has a gradient."""
+
+    number: int
+    """Which of the optimiser's it is, from 1."""
+
+    parameter: Tensor
+    state: dict[str, Tensor]
 
 
 class GuardedOptimizer(torch.optim.Optimizer, abc.ABC):
@@ -54,39 +65,33 @@ class GuardedOptimizer(torch.optim.Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = [(group, p) for group in self.param_groups for p in group["params"]]
-        used = [(n, group, p) for n, (group, p) in enumerate(places, 1) if p.grad is not None]
-        if not used:
+        numbers = itertools.count(1)
+        due = [
+            [
+                Due(number, parameter, self._state_of(parameter))
+                for parameter, number in zip(group["params"], numbers, strict=False)
+                if parameter.grad is not None
+            ]
+            for group in self.param_groups
+        ]
+        counts = [x.state["step"] for some in due for x in some]
+        if not counts:
             return loss
-        counts = [self._state_of(parameter)["step"] for _, _, parameter in used]
         one = torch.ones((), device=counts[0].device)
         skip = torch.zeros_like(one) if self.found_inf is None else self.found_inf
         divisor = one if self.grad_scale is None else self.grad_scale
         verdict = Verdict(divisor, skip, one - skip)
-        # All counts in two launches, not two for each.
-        updates = torch._foreach_add(counts, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-        for (number, group, parameter), update in zip(used, updates, strict=True):
-            self._update(parameter, self.state[parameter], update, group, verdict, number)
-        # A list: what is to be added to all as one tensor would be read by the host.
+        # In one launch, by a list: one tensor to be added to all would be read by the host.
         torch._foreach_add_(counts, [verdict.good] * len(counts))  # pyright: ignore[reportPrivateImportUsage]
+        for group, some in zip(self.param_groups, due, strict=True):
+            if some:
+                self._update(group, some, verdict)
         return loss
 
     @abc.abstractmethod
-    def _update(
-        self,
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        update: Tensor,
-        group: dict[str, Any],
-        verdict: Verdict,
-        number: int,
-    ) -> None:
-        """Change `parameter`, ``exp_avg`` and ``exp_avg_sq``.
-
-        Args:
-            update: fp32 [], which update this is, from 1, not counting those that were skipped.
-            number: which of the optimiser's parameters this is, from 1.
-        """
+    def _update(self, group: dict[str, Any], due: list[Due], verdict: Verdict) -> None:
+        """Change parameters, ``exp_avg`` and ``exp_avg_sq``; ``step`` is that of this update, or,
+        where nothing is to change, of the one before."""
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

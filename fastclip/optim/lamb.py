@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.optim.guarded import GuardedOptimizer, Verdict
+from fastclip.optim.guarded import Due, GuardedOptimizer, Verdict
 
 
 class Lamb(GuardedOptimizer):
@@ -17,16 +17,21 @@ class Lamb(GuardedOptimizer):
     whole parameters, which must therefore not be sharded.
     """
 
-    def _update(
+    def _update(self, group: dict[str, Any], due: list[Due], verdict: Verdict) -> None:
+        # Which update this is, were it made: a count of 0 would divide by 0.
+        counts = [x.state["step"] for x in due]
+        updates = torch._foreach_add(counts, [verdict.skip] * len(due))  # pyright: ignore[reportPrivateImportUsage]
+        for x, update in zip(due, updates, strict=True):
+            self._update_one(x.parameter, x.state, update, group, verdict)
+
+    def _update_one(
         self,
         parameter: Tensor,
         state: dict[str, Tensor],
         update: Tensor,
         group: dict[str, Any],
         verdict: Verdict,
-        number: int,
     ) -> None:
-        del number
         assert parameter.grad is not None
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
