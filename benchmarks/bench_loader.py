@@ -2,8 +2,9 @@
 
 decode: from a JPEG's bytes to the pixels of a crop, one core's processor time; the pixels are first
 compared with Pillow's. read: members out of shards, undecoded, one core. load: whole training
-batches, elapsed time, on one core and on two. start: the first batch out of ten thousand shards;
-memory over epochs.
+batches, elapsed time, on one core and on two. gpu: batches that end on a GPU, elapsed time, on all
+cores of its host; not part of a run unless it is asked for. start: the first batch out of ten
+thousand shards; memory over epochs.
 
 In every round the providers run in an order drawn anew: ratios are taken within rounds.
 """
@@ -11,6 +12,7 @@ In every round the providers run in an order drawn anew: ratios are taken within
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import random
 import resource
@@ -27,7 +29,14 @@ import torch
 
 from benchmarks import record
 from benchmarks.image_peers import IMAGE_PEERS, SIZE, Decode
-from benchmarks.loader_peers import READERS, LoaderPeer, loaders, ours
+from benchmarks.loader_peers import (
+    GPU_BATCH,
+    READERS,
+    LoaderPeer,
+    loaders,
+    loaders_onto,
+    ours,
+)
 from benchmarks.photos import photo_sets
 from fastclip.data.decoders import PillowDecoder
 from fastclip.data.indexing import build_index
@@ -43,6 +52,7 @@ COLUMNS = (
 KEY = ("commit", "dirty", "device", "part", "provider", "case", "cores")
 OURS = "fastclip"
 PARTS = ("decode", "read", "load", "start")
+"""By default; "gpu" is the fifth."""
 SCALE = (0.9, 1.0)
 MOST_MEAN_ERROR, MOST_ERROR = 0.02, 4
 """Of ours from Pillow's pixels, of 255: beyond, no speed is reported."""
@@ -52,11 +62,19 @@ class Bench:
     """Writes the rows of one call."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.stamp = record.stamp(options.commit, options.dirty, torch.device("cpu"))
+        self.device = torch.device("cpu")
+        self.stamp = record.stamp(options.commit, options.dirty, self.device)
         self.file = record.Record(options.out / "loader.csv", COLUMNS, KEY)
         self.rounds: int = options.rounds
         self.work: Path = options.work
         self.sets = photo_sets(options.work / "downloads")
+
+    def on(self, device: torch.device) -> Bench:
+        """The same, for rows of another device."""
+        other = copy.copy(self)
+        other.device = device
+        other.stamp = record.stamp(self.stamp.commit, self.stamp.dirty, device)
+        return other
 
     def rows(
         self,
@@ -241,29 +259,55 @@ def load(bench: Bench) -> None:
                 print(f"load on {cores} cores: this machine has {len(every)}")
                 continue
             os.sched_setaffinity(0, set(every[:cores]))
-            peers = {peer.name: peer for peer in loaders(cores)}
-            rates: dict[str, list[float]] = {name: [] for name in peers}
-            rng = random.Random(0)
-            # One at a time: what a loader prepares ahead would fall into the next one's time.
-            for _ in range(3):
-                for name in rng.sample(list(peers), len(peers)):
-                    try:
-                        rates.get(name, []).extend(_streak(peers[name], folder, bench.rounds))
-                    except Exception as error:
-                        bench.failed("load", name, case, cores, error)
-                        rates.pop(name, None)
-            cells = {name: _about(peers[name]) for name in rates}
-            bench.rows("load", case, cores, rates, cells)
+            _streaks(bench, "load", case, cores, loaders(cores), folder, window=256)
         os.sched_setaffinity(0, set(every))
 
 
-def _streak(peer: LoaderPeer, folder: Path, rounds: int) -> list[float]:
-    """Samples a second over some windows, the first ones left out."""
+def gpu(bench: Bench) -> None:
+    """Part gpu."""
+    bench = bench.on(torch.device("cuda"))
+    cores = len(os.sched_getaffinity(0))
+    for case in ("small", "shrunk"):
+        folder = bench.shards(case, 8192)
+        peers = loaders_onto(bench.device, cores)
+        _streaks(bench, "gpu", case, cores, peers, folder, window=4 * GPU_BATCH)
+
+
+def _streaks(
+    bench: Bench,
+    part: str,
+    case: str,
+    cores: int,
+    loaders: Sequence[LoaderPeer],
+    folder: Path,
+    window: int,
+) -> None:
+    """Rows of loaders, each three times, in an order drawn anew."""
+    peers = {peer.name: peer for peer in loaders}
+    rates: dict[str, list[float]] = {name: [] for name in peers}
+    rng = random.Random(0)
+    # One at a time: what a loader prepares ahead would fall into the next one's time.
+    for _ in range(3):
+        for name in rng.sample(list(peers), len(peers)):
+            if name not in rates:
+                continue
+            try:
+                rates[name] += _streak(peers[name], folder, bench.rounds, window)
+            except Exception as error:
+                bench.failed(part, name, case, cores, error)
+                del rates[name]
+    bench.rows(part, case, cores, rates, {name: _about(peers[name]) for name in rates})
+
+
+def _streak(peer: LoaderPeer, folder: Path, rounds: int, window: int) -> list[float]:
+    """Samples a second over some windows of that many samples, the first ones left out."""
     stream, rates = peer.samples(folder), []
     for number in range(rounds + 4):
         begin, samples = time.perf_counter(), 0
-        while samples < 256:
+        while samples < window:
             samples += next(stream)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies and decoding that are still under way
         if number >= 4:
             rates.append(samples / (time.perf_counter() - begin))
     stream.close()
@@ -313,20 +357,25 @@ def _resident() -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "gpu"), default=PARTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=Path, default=Path("demo/loader"), help="for shards")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the CSV file")
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--dirty", action="store_true")
     options = parser.parse_args(arguments)
+    if "gpu" in options.parts and not torch.cuda.is_available():
+        print("--parts gpu needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     try:
         bench = Bench(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    parts: dict[str, Any] = {"decode": decode, "read": read, "load": load, "start": start}
+    parts: dict[str, Any] = {
+        "decode": decode, "read": read, "load": load, "gpu": gpu, "start": start,
+    }  # fmt: skip
     cores = os.sched_getaffinity(0)
     for name in options.parts:
         parts[name](bench)

@@ -85,7 +85,10 @@ def _sets(scale: float, **sets: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]
             Case(65_536, 768, scale=100.0),
             Case(65_536, 768, scale=scale, normalize=True),
         ),
-        "ceiling": tuple(Case(pairs, 768, scale=scale) for pairs in (131_072, 262_144, 524_288)),
+        "ceiling": (
+            *(Case(pairs, 768, scale=scale) for pairs in (131_072, 262_144, 524_288)),
+            Case(1_048_576, 512, scale=scale),
+        ),
         "forward": tuple(
             Case(32_768, dims, scale=scale, part="forward") for dims in (512, 768, 1024)
         ),
@@ -95,7 +98,7 @@ def _sets(scale: float, **sets: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]
         # Headline first: an interrupted run has measured what matters most.
         "small": (
             Case(65_536, 768, scale=scale),
-            Case(8_192, 512, scale=scale),
+            Case(8_192, 768, scale=scale),
             Case(32_768, 512, scale=scale),
             Case(32_768, 768, scale=scale),
             Case(32_768, 768, scale=scale, normalize=True),

@@ -9,6 +9,7 @@ OURS = "fastclip"
 PARTS = {
     "decode": "JPEG to the 224 × 224 pixels of a crop (one core, processor time)",
     "load": "Training batches of 64 (elapsed time; threads of ours, processes of open_clip's)",
+    "gpu": "Training batches of 512 onto the GPU (elapsed time, all cores of its host)",
     "read": "Members out of shards, not decoded (one core, elapsed time)",
 }
 
@@ -25,7 +26,7 @@ def _newest(rows: Sequence[Row], part: str) -> dict[tuple[str, str], Row]:
     newest = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if row["part"] == part:
-            cores = f", {row['cores']} core(s)" if part == "load" else ""
+            cores = f", {row['cores']} core(s)" if part in ("load", "gpu") else ""
             newest[row["provider"], row["case"] + cores] = row
     return newest
 

@@ -125,11 +125,11 @@ PARTS = (
         by_default=False,
         stamped=True,
     ),
-    # Times the CPU, on photographs that it fetches: without a network it is worth a GPU machine's
-    # time only where demo/loader/downloads was brought along.
+    # On photographs that it fetches: without a network only where demo/loader/downloads was brought
+    # along, and DALI's wheel for its row.
     Part(
         "loader",
-        ((*_bench("loader"), "--parts", "decode", "load"),),
+        ((*_bench("loader"), "--parts", "gpu", "decode", "load"),),
         300,
         by_default=False,
         stamped=True,

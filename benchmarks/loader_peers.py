@@ -22,6 +22,10 @@ from fastclip.data.plan import Plan
 from fastclip.data.reader import Members
 from fastclip.tokenizer import Tokenizer
 
+GPU_BATCH = 512
+
+_CPU = torch.device("cpu")
+
 Samples = Callable[[Path], Generator[int, None, None]]
 """From a folder of shards to the numbers of samples that come one after another."""
 
@@ -98,8 +102,14 @@ READERS: Sequence[LoaderPeer] = (
 )
 
 
-def ours(shards: Path, workers: int, batch_size: int = 64, decoder: Any = "auto") -> TrainLoader:
-    """Our loader over a folder."""
+def ours(
+    shards: Path,
+    workers: int,
+    batch_size: int = 64,
+    decoder: Any = "auto",
+    device: torch.device = _CPU,
+) -> TrainLoader:
+    """Our loader over a folder; `device` is where the images are wanted."""
     return TrainLoader(
         DataConfig(train=str(shards), workers=workers, crop_scale=(0.9, 1.0), decoder=decoder),
         image_size=SIZE,
@@ -108,6 +118,7 @@ def ours(shards: Path, workers: int, batch_size: int = 64, decoder: Any = "auto"
         rank=0,
         world_size=1,
         seed=0,
+        device=device,
     )
 
 
@@ -120,8 +131,23 @@ def _load_ours(workers: int, decoder: str = "auto") -> Samples:
     return samples
 
 
-def _load_open_clip(workers: int) -> Samples:
-    """open_clip's pipeline of one epoch: webdataset, Pillow, its transform, its tokenizer."""
+def _onto_gpu(workers: int, decoder: str, device: torch.device) -> Samples:
+    def samples(shards: Path) -> Generator[int, None, None]:
+        with ours(shards, workers, GPU_BATCH, decoder, device) as loader:
+            for batch in loader:
+                yield len(batch.to(device, non_blocking=True))
+
+    return samples
+
+
+def _load_open_clip(
+    workers: int, batch_size: int = 64, device: torch.device = _CPU, passes: int = 1
+) -> Samples:
+    """open_clip's pipeline: webdataset, Pillow, its transform, its tokenizer.
+
+    Args:
+        passes: over the shards until its processes are started anew.
+    """
 
     def samples(shards: Path) -> Generator[int, None, None]:
         from benchmarks.torchvision_beside_cpu import declare_operators
@@ -138,15 +164,17 @@ def _load_open_clip(workers: int) -> Samples:
             image = Image.open(io.BytesIO(sample["jpg"]))
             return transform(image), tokenizer(sample["txt"].decode())[0]
 
-        paths = [str(path) for path in sorted(shards.glob("*.tar"))]
+        paths = [str(path) for path in sorted(shards.glob("*.tar"))] * passes
         while True:
             data = webdataset.WebDataset(paths, shardshuffle=100, nodesplitter=None, seed=0)
-            data = data.shuffle(500).map(pair).batched(64, partial=True)
+            data = data.shuffle(500).map(pair).batched(batch_size, partial=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers)
+                loader = torch.utils.data.DataLoader(
+                    data, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+                )
                 for images, _ in loader:
-                    yield len(images)
+                    yield len(images.to(device, non_blocking=True))
 
     return samples
 
@@ -157,4 +185,20 @@ def loaders(workers: int) -> Sequence[LoaderPeer]:
         LoaderPeer("fastclip", "fastclip-torch", _load_ours(workers)),
         LoaderPeer("fastclip-pillow", "pillow", _load_ours(workers, "pillow")),
         LoaderPeer("open_clip", "open_clip_torch", _load_open_clip(workers), "webdataset"),
+    )
+
+
+def loaders_onto(device: torch.device, cores: int) -> Sequence[LoaderPeer]:
+    """Whole loaders that bring batches of `GPU_BATCH` to a GPU, on all cores of its host."""
+    few = max(1, cores // 4)  # DALI decodes on the GPU; its own threads prepare
+    processes = max(1, cores - 2)
+    return (
+        LoaderPeer("fastclip", "fastclip-torch", _onto_gpu(cores, "auto", device)),
+        LoaderPeer("fastclip-dali", "nvidia-dali-cuda130", _onto_gpu(few, "dali", device)),
+        LoaderPeer(
+            "open_clip",
+            "open_clip_torch",
+            _load_open_clip(processes, GPU_BATCH, device, passes=1000),
+            f"webdataset, {processes} processes",
+        ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import eval_table, table
+from benchmarks import eval_table, report
 from benchmarks.bench_probe import BENCHMARK, ProbeCase
 from benchmarks.bench_search import COLUMNS, KEY, Case
 from benchmarks.record import Record, read_rows
@@ -30,7 +30,7 @@ def test_searches_stand_beside_ours(tmp_path: Path) -> None:
     other = {"device": "another", "provider": "reference-topk", "median_ms": 1.0}
     record.write({**row, **other})  # nor on that machine
     record.write({**row, "commit": "new", "date": "2031", "provider": "fastclip", "error": "OOM"})
-    text = table.table(tmp_path)
+    text = report.tables(tmp_path)
     assert "The 10 nearest of 1,000,000 features of width 512" in text
     assert "cpu, Python 3.12.1, torch 2.11.0, commit 0123456789, 2030-01-02." in text
     ours = "| fastclip 1 | 8 ms | 0.972 | 0.957 | 243 s | 2.51 GB | 1.60 GB |"
@@ -48,7 +48,7 @@ def test_probes_stand_beside_ours(tmp_path: Path) -> None:
     record.write({**row, **old, "provider": "fastclip", "median_ms": 1.0, "accuracy": 0.1})
     record.write({**row, "provider": "fastclip", "median_ms": 20_000.0, "accuracy": 0.5})
     record.write({**row, "provider": "scikit-learn", "median_ms": 3e5, "accuracy": 0.499})
-    text = table.table(tmp_path)
+    text = report.tables(tmp_path)
     assert "10,000 images × 512, 100 classes" in text
     assert "| fastclip 1 | 20 s | 50.00% | 0.001 |" in text
     assert "| scikit-learn 1 | 15× | 49.90% | 0.001 |" in text
