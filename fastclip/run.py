@@ -76,7 +76,7 @@ class Run:
         except ImportError as error:
             raise ImportError(f"{error}; or train with data.tokenizer=python") from error
         self.loader = TrainLoader(
-            _loader_config(config),
+            _loader_config(config, runtime),
             image_size=config.model.vision.image_size,
             tokenizer=self.tokenizer,
             batch_size=batch_size,
@@ -319,12 +319,12 @@ def check_agreement(identity: str, samples: int, runtime: Runtime) -> None:
             )
 
 
-def _loader_config(config: TrainConfig) -> DataConfig:
-    """The loader's settings, with few shapes of packed captions where graphs need them."""
-    data = config.data
+def _loader_config(config: TrainConfig, runtime: Runtime) -> DataConfig:
+    """The loader's settings: its share of the machine, and few shapes of texts for graphs."""
+    data = dataclasses.replace(config.data, workers=config.data.threads(runtime.local_world_size))
     if not config.run.cuda_graphs or data.text != "packed" or data.pack_to_multiple > 1:
         return data
-    return dataclasses.replace(config.data, pack_to_multiple=_GRAPHS_MULTIPLE)
+    return dataclasses.replace(data, pack_to_multiple=_GRAPHS_MULTIPLE)
 
 
 def per_rank_batch_size(config: TrainConfig, world_size: int) -> int:

@@ -76,11 +76,15 @@ class Batch:
 
     def pin(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU overlap with work."""
+        images = self.images if self.images.is_cuda else self.images.pin_memory()
+        ids = None if self.ids is None else self.ids.pin_memory()
+        if self.packed is not None:  # in rows they stay on the host
+            packed = tuple(part.pin() for part in self.packed)
+            return dataclasses.replace(self, images=images, ids=ids, packed=packed)
         return dataclasses.replace(
             self,
-            images=self.images if self.images.is_cuda else self.images.pin_memory(),
+            images=images,
+            ids=ids,
             tokens=self.tokens.pin_memory(),
             lengths=self.lengths.pin_memory(),
-            ids=None if self.ids is None else self.ids.pin_memory(),
-            packed=None if self.packed is None else tuple(part.pin() for part in self.packed),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,8 +26,9 @@ class DataConfig:
     """Of the sources that ``::`` joins, whole numbers: of so many pairs as they add up to, so many
     come from each. A source that runs out begins anew. Without: all shards are one set."""
 
-    workers: int = 2
-    """Threads that prepare batches on each rank."""
+    workers: int | Literal["auto"] = "auto"
+    """Threads on each rank that read and decode, a few rows of a batch at a time. auto: the cores
+    that this process may use, shared among the ranks of the machine, less one; 16 at most."""
 
     prefetch_batches: int = 4
     """Batches prepared ahead."""
@@ -90,6 +92,17 @@ class DataConfig:
     max_bad_fraction: float = 0.1
     """Stop with an error when more than this share of the samples seen cannot be used."""
 
+    def threads(self, ranks_here: int = 1) -> int:
+        """The number of workers.
+
+        Args:
+            ranks_here: ranks that share this machine's cores.
+        """
+        if self.workers != "auto":
+            return self.workers
+        # Beyond 16, what is left of Python holds them up.
+        return min(max(len(os.sched_getaffinity(0)) // ranks_here - 1, 1), 16)
+
     def configure_remote(self) -> None:
         """Let this process fetch and keep remote shards as these settings say."""
         configure(
@@ -100,9 +113,13 @@ class DataConfig:
         )
 
     def __post_init__(self) -> None:
-        for name in ("workers", "prefetch_batches", "max_pixels", "pack_to_multiple"):
+        if isinstance(self.workers, str) and self.workers != "auto":
+            raise ValueError(f"data.workers is a number or auto, not {self.workers!r}")
+        for name in ("prefetch_batches", "max_pixels", "pack_to_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is at least 1, not {getattr(self, name)}")
+        if self.workers != "auto" and self.workers < 1:
+            raise ValueError(f"data.workers is at least 1, not {self.workers}")
         check_max_pixels(self.max_pixels)
         for name in ("cache_gigabytes", "remote_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:

@@ -7,7 +7,6 @@ What a batch holds depends on (seed, position) alone, never on threads or timing
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import threading
@@ -20,49 +19,35 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastclip.data.batch import Batch
 from fastclip.data.config import DataConfig
 from fastclip.data.dali_rows import DaliRows
-from fastclip.data.decode import BadSampleError
-from fastclip.data.decoders import Encoded, ImageDecoder, build_decoder
 from fastclip.data.index import (
     CAPTION_EXTENSION,
     METADATA_EXTENSION,
-    Sample,
     index_shards,
     index_sources,
 )
-from fastclip.data.plan import WINDOW, Mixture, Plan, mix
+from fastclip.data.pairs import Pair, PairMaker, host_decoder
+from fastclip.data.plan import WINDOW, Mixture, Plan
 from fastclip.data.quarantine import Balance, Quarantine
-from fastclip.data.reader import Members, caption_id, sentences
 from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import RemoteFile
 from fastclip.data.shard_cache import Prefetcher
-from fastclip.data.transforms import Box, random_crop
 from fastclip.tokenizer import Tokenizer
 from fastclip.tokenizer.packing import PackedTokens
 
 logger = logging.getLogger("fastclip")
 
 _CPU = torch.device("cpu")
-_MOST_REPLACEMENTS = 100
-_FEWEST_SEEN = 200  # before that, a fraction of bad samples says little
+_ROWS = 16
+"""Of a batch, that a thread decodes at a time: some ten milliseconds."""
 
-
-@dataclass(frozen=True)
-class _Pair:
-    key: str
-    image: Encoded
-    box: Box
-    caption: str
-    identity: int
-    metadata: dict[str, Any]
-    decoded: bool = True
+_DALI_BATCHES = 2
+"""That are under way at once: one decodes while another is assembled. Each takes GPU memory."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ class TrainLoader:
         if config.positives == "label":
             needs.add(METADATA_EXTENSION)
         config.configure_remote()
-        self._decoder = _decoder(config)
+        decoder = host_decoder(config)
         self._dali: DaliRows | None = None
         if config.decoder == "dali":
             self._dali = DaliRows(image_size, batch_size, device, config.apply_orientation)
@@ -150,13 +135,25 @@ class TrainLoader:
         if isinstance(self._plan, Mixture):
             self._plan.check(self.global_batch_size, shown(config.train).split("::"))
         self._quarantine = Quarantine(quarantine)
+        self._pair = PairMaker(
+            config, self.index, self._plan, decoder, self._dali, self._quarantine, seed
+        )
+        self._pin = device.type == "cuda"
         self._balance = Balance(len(self.index), batch_size, rank, world_size)
         self._position = 0
         self._scheduled = 0
         self._queue: deque[Future[_Built]] = deque()
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(
-            config.workers, "fastclip-loader", initializer=stop_with, initargs=(self._stop,)
+            config.threads(), "fastclip-loader", initializer=stop_with, initargs=(self._stop,)
+        )
+        self._assemblers = ThreadPoolExecutor(
+            config.prefetch_batches
+            if self._dali is None
+            else min(config.prefetch_batches, _DALI_BATCHES),
+            "fastclip-batches",
+            initializer=stop_with,
+            initargs=(self._stop,),
         )
         self._ahead: Prefetcher | None = None
         if any(isinstance(shard, RemoteFile) for shard in self.index.shards):
@@ -191,7 +188,7 @@ class TrainLoader:
             first = self._scheduled + self.rank * self.batch_size
             # The plan's caches belong to this thread.
             places = [self._plan(first + place) for place in range(self.batch_size)]
-            self._queue.append(self._pool.submit(self._build, first, places))
+            self._queue.append(self._build(first, places))
             self._scheduled += self.global_batch_size
         begin = time.perf_counter()
         try:
@@ -258,6 +255,7 @@ class TrainLoader:
         if self._ahead is not None:
             self._ahead.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._assemblers.shutdown(wait=True, cancel_futures=True)
         if self._dali is not None:
             self._dali.close()
 
@@ -272,28 +270,50 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _build(self, first: int, places: list[tuple[int, int]]) -> _Built:
-        images = np.empty((len(places), self.image_size, self.image_size, 3), dtype=np.uint8)
-        pairs, replaced = [], []
-        for row, (epoch, number) in enumerate(places):
-            pair, other = self._usable(epoch, number, images[row], self._dali is not None)
-            pairs.append(pair)
-            replaced.append(other)
+    def _build(self, first: int, places: list[tuple[int, int]]) -> Future[_Built]:
+        """Have threads decode a batch's rows, a few each, and another one put them together."""
+        side = self.image_size
+        images = torch.empty(
+            (len(places), side, side, 3),
+            dtype=torch.uint8,
+            pin_memory=self._pin and self._dali is None,
+        )
+        parts = [
+            self._pool.submit(self._rows, places[row : row + _ROWS], images[row : row + _ROWS])
+            for row in range(0, len(places), _ROWS)
+        ]
+        return self._assemblers.submit(self._assemble, first, places, images, parts)
+
+    def _rows(self, places: list[tuple[int, int]], images: Tensor) -> list[tuple[Pair, bool]]:
+        defer = self._dali is not None
+        rows = zip(places, images.numpy(), strict=True)
+        return [self._pair(epoch, number, pixels, defer) for (epoch, number), pixels in rows]
+
+    def _assemble(
+        self,
+        first: int,
+        places: list[tuple[int, int]],
+        images: Tensor,
+        parts: list[Future[list[tuple[Pair, bool]]]],
+    ) -> _Built:
+        rows = [row for part in parts for row in part.result()]
+        pairs, replaced = [pair for pair, _ in rows], [other for _, other in rows]
         if self._dali is None:
-            return _Built(self._batch(pairs, torch.from_numpy(images)), first, replaced)
+            return _Built(self._batch(pairs, images), first, replaced)
+        pixels = images.numpy()
         later = {row: (p.image, p.box) for row, p in enumerate(pairs) if not p.decoded}
-        batch, ready, failed = self._dali.fill(images, later)
+        batch, ready, failed = self._dali.fill(pixels, later)
         for _ in range(len(later) - len(failed)):
             self._quarantine.good()
         for row, reason in failed.items():
             logger.debug("%s: %s; decoded on the CPU instead", pairs[row].key, reason)
-            pairs[row], replaced[row] = self._usable(*places[row], images[row])
+            pairs[row], replaced[row] = self._pair(*places[row], pixels[row])
         if failed:
-            ready = self._dali.replace(batch, images, list(failed))
+            ready = self._dali.replace(batch, pixels, list(failed))
         return _Built(self._batch(pairs, batch, ready), first, replaced)
 
     def _batch(
-        self, pairs: Sequence[_Pair], images: Tensor, ready: torch.cuda.Event | None = None
+        self, pairs: Sequence[Pair], images: Tensor, ready: torch.cuda.Event | None = None
     ) -> Batch:
         captions = [pair.caption for pair in pairs]
         tokens, lengths = self.tokenizer.encode_batch(captions)
@@ -314,7 +334,7 @@ class TrainLoader:
             packed=self._packed(tokens),
             ready=ready,
         )
-        return batch.pin() if torch.cuda.is_available() else batch
+        return batch.pin() if self._pin else batch
 
     def _packed(self, tokens: Tensor) -> tuple[PackedTokens, ...] | None:
         if self.config.text != "packed":
@@ -322,79 +342,3 @@ class TrainLoader:
         part = self.batch_size // self.micro_batches
         multiple = self.config.pack_to_multiple
         return tuple(PackedTokens.pack(rows, multiple=multiple) for rows in tokens.split(part))
-
-    def _usable(
-        self, epoch: int, number: int, pixels: NDArray[np.uint8], defer: bool = False
-    ) -> tuple[_Pair, bool]:
-        """The sample, or, where it cannot be used (and then True), another one that the same
-        numbers choose; its image in `pixels`, unless it is left to DALI."""
-        candidate = number
-        for attempt in range(1, _MOST_REPLACEMENTS + 1):
-            sample = self.index.stub(candidate)
-            try:
-                sample = self._sample(candidate)
-                pair = self._pair(sample.key, Members(sample), epoch, candidate)
-                if defer and self._dali is not None and self._dali.takes(pair.image):
-                    pair = dataclasses.replace(pair, decoded=False)
-                else:
-                    self._decoder.decode(pair.image, pair.box, pixels)
-            except BadSampleError as error:
-                self._quarantine.bad(sample, error)
-                self._check_fraction()
-                first, count = self._plan.alike(number)
-                candidate = first + mix(self.seed, epoch, number, 5, attempt) % count
-                continue
-            if pair.decoded:  # otherwise it is counted when DALI has decoded it, or not
-                self._quarantine.good()
-            return pair, attempt > 1
-        raise ValueError(
-            f"{_MOST_REPLACEMENTS} samples in a row cannot be used "
-            f"({dict(self._quarantine.counts)}); see the messages above"
-        )
-
-    def _sample(self, number: int) -> Sample:
-        try:
-            return self.index[number]
-        except OSError as error:  # its shard has vanished, and the index beside it
-            raise BadSampleError("unreadable", str(error)) from None
-
-    def _pair(self, key: str, members: Members, epoch: int, number: int) -> _Pair:
-        config = self.config
-        texts = members.captions(config.caption_key)
-        caption = texts[0]
-        if config.sample_caption:
-            caption = texts[mix(self.seed, epoch, number, 6) % len(texts)]
-        if config.sample_sentence:
-            parts = sentences(caption)
-            caption = parts[mix(self.seed, epoch, number, 7) % len(parts)]
-        metadata, identity = {}, 0
-        if config.positives == "caption":
-            identity = caption_id(caption)
-        elif config.positives == "label":
-            metadata = members.metadata()
-            identity = metadata.get("label_id")
-            if type(identity) is not int or not -(2**63) <= identity < 2**63:
-                raise ValueError(
-                    f"sample {key} has no whole number of 64 bits as label_id in its json, which "
-                    "data.positives=label needs; use data.positives=caption or none"
-                )
-        image = self._decoder.open(members.image)
-        box = random_crop(*image.size, config.crop_scale, self.seed, epoch, number)
-        return _Pair(key, image, box, caption, identity, metadata)
-
-    def _check_fraction(self) -> None:
-        bad = self._quarantine
-        if bad.seen >= _FEWEST_SEEN and bad.fraction > self.config.max_bad_fraction:
-            raise ValueError(
-                f"{bad.failed} of {bad.seen} samples drawn cannot be used ({dict(bad.counts)}), "
-                f"more than data.max_bad_fraction={self.config.max_bad_fraction}"
-            )
-
-
-def _decoder(config: DataConfig) -> ImageDecoder:
-    return build_decoder(
-        "auto" if config.decoder == "dali" else config.decoder,
-        max_pixels=config.max_pixels,
-        apply_orientation=config.apply_orientation,
-        reduce_jpeg=config.reduce_jpeg,
-    )

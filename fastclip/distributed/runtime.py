@@ -20,6 +20,8 @@ class Runtime:
     local_rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
+    """Ranks on this machine."""
     backend: str
     """"gloo" on CPUs, "nccl" on CUDA devices; "none" without a process group."""
 
@@ -60,7 +62,12 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return Runtime(
-        rank=rank, local_rank=local_rank, world_size=world_size, device=where, backend=backend
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=_local_world_size(world_size),
+        device=where,
+        backend=backend,
     )
 
 
@@ -98,6 +105,12 @@ def shutdown() -> None:
     """Leave the process group; safe to call when there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _local_world_size(world_size: int) -> int:
+    """As torchrun or deepspeed says; without either, all ranks are here."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(said) if said else world_size
 
 
 def _launcher_environment() -> tuple[int, int, int]:
