@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in named parts: ``python -m benchmarks.gpu_suite``.
+"""What a GPU is needed for, in named parts: ``python -m benchmarks.gpu_suite``.
 
 Made for a machine that is there for minutes: every part has a limit, its rows are written as they
 are measured, and the same command goes on where an earlier one stopped. A benchmark adds its part
@@ -125,6 +125,8 @@ PARTS = (
         by_default=False,
         stamped=True,
     ),
+    # DALI's tests and rates need its wheel.
+    Part("dali_tests", ((*_GPU_TESTS, "tests/data/test_dali.py"),), 120, by_default=False),
     # On photographs that it fetches: without a network only where demo/loader/downloads was brought
     # along, and DALI's wheel for its row.
     Part(

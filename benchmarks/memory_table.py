@@ -54,7 +54,7 @@ GiB on a rank:
 
 **Which stage.** On one rank none: `engine.backend=auto` takes the plain engine whatever
 `engine.zero_stage` says. On several, 1 is the recipes' choice: with it all of the paper's models
-fit, and gradients are reduced while the backward pass runs. 0, where the host never waits for the
+fit, and gradients are reduced while the backward pass runs. 0, where the host need not wait for the
 device, is the demo's, and what LAMB, `compact_adamw` and `engine.outlier_factor` need. 2 and 3 are
 for models whose sum above would leave too little of a device to activations: on 80 GB that begins
 at some 5 billion parameters.

@@ -125,12 +125,23 @@ def save_checkpoint(
             "torch": torch.__version__,
         }
         _write_json(directory / partial / "fastclip.json", meta)
+        _flush(directory / partial)
         _make_way(directory, tag)
         os.replace(directory / partial, final)
         _write_text(directory / "latest", tag + "\n")
         _prune(directory, keep)
     barrier()
     return final
+
+
+def _flush(directory: Path) -> None:
+    """Let a folder's files reach the disk: a name must not outlive a power cut without them."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _make_way(directory: Path, tag: str) -> None:
@@ -145,7 +156,14 @@ def _make_way(directory: Path, tag: str) -> None:
     for later in complete_checkpoints(directory):
         if later > tag:
             aside = (directory / f".superseded-{later}-{n}" for n in itertools.count(1))
-            os.replace(directory / later, next(path for path in aside if not path.exists()))
+            kept = next(path for path in aside if not path.exists())
+            os.replace(directory / later, kept)
+            logger.warning(
+                "%s is of a run that this one has begun anew in place of: it is kept as %s, and "
+                "nothing reads it again",
+                directory / later,
+                kept.name,
+            )
 
 
 def _prune(directory: Path, keep: int) -> None:

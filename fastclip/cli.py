@@ -21,6 +21,7 @@ from fastclip.cli_data import add_data_verbs
 from fastclip.cli_eval import add_eval_verbs
 from fastclip.cli_experiment import add_experiment_verbs
 from fastclip.cli_search import add_search_verbs
+from fastclip.distributed import launcher
 from fastclip.printing import printable_lines
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def leave(status: int) -> NoReturn:
     alive after it was destroyed. Its threads then free tensors while the interpreter ends, and now
     and then abort a rank whose work is done: the launcher would report a failed run.
     """
-    if "RANK" in os.environ:
+    if launcher.launched():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -215,9 +216,8 @@ class _Formatter(logging.Formatter):
 
 def _configure_logging() -> None:
     """Messages of fastclip to stderr, from rank 0 only below warnings."""
-    main_rank = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if main_rank else logging.WARNING)
+    logger.setLevel(logging.INFO if launcher.is_main_process() else logging.WARNING)
     logger.propagate = False

@@ -12,7 +12,9 @@ import torch
 from fastclip import __version__
 from fastclip.data.demo_packages import npm_command
 from fastclip.flops import peak_flops
+from fastclip.models import attention
 from fastclip.nvidia_apex import find_optimizer
+from fastclip.ops.dispatch import choose
 
 _PACKAGES = (
     # distribution name, what fastclip uses it for
@@ -121,9 +123,9 @@ def _parts() -> tuple[Finding, ...]:
     return (
         _one_of_two(
             "losses",
-            torch.cuda.is_available() and version_of("triton") is not None,
+            choose("auto", _like_in_training()) == "triton",
             ("Triton kernels", "exact, memory O(N·D) and a budget; not yet run on a GPU"),
-            ("chunked PyTorch", "exact, memory O(N·D); Triton needs a GPU"),
+            ("chunked PyTorch", "exact, memory O(N·D); Triton needs an Ampere GPU or newer"),
         ),
         _one_of_two(
             "training engine",
@@ -137,18 +139,8 @@ def _parts() -> tuple[Finding, ...]:
             ("NCCL", "one rank per CUDA device"),
             ("gloo", "no CUDA device"),
         ),
-        _one_of_two(
-            "attention",
-            torch.cuda.is_available(),
-            ("torch SDPA", "its fused kernels in bf16 and fp16"),
-            ("torch SDPA", "its CPU kernel"),
-        ),
-        _one_of_two(
-            "optimiser",
-            torch.cuda.is_available(),
-            ("torch AdamW, fused", _apex_note()),
-            ("torch AdamW", "the fused form is for CUDA devices"),
-        ),
+        Finding("attention", f"torch {_attention()}", "of packed texts, in training's precision"),
+        Finding("optimiser", "torch AdamW, fused", _apex_note()),
         _tokenizer(),
         _cuda_tokenizer(),
         _image_decoding(),
@@ -160,6 +152,17 @@ def _parts() -> tuple[Finding, ...]:
             ("deepspeed --launcher openmpi, slurm …", "pdsh, the default runner, is missing"),
         ),
     )
+
+
+def _like_in_training() -> torch.Tensor:
+    """Nothing, where features are and in the dtype in which they are multiplied."""
+    if torch.cuda.is_available():
+        return torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    return torch.empty(0)
+
+
+def _attention() -> str:
+    return attention.choose("auto", _like_in_training(), packed=True)
 
 
 def _one_of_two(

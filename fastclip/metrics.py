@@ -213,7 +213,9 @@ class RunLogger:
             f"ETA {duration(left)}",
         ]
         if values.get("update_applied") == 0.0:
-            parts.append("UPDATE SKIPPED (gradient not finite)")
+            norm = values.get("gradient_norm")
+            reason = "not finite" if norm is None or math.isinf(norm) else "unusually large"
+            parts.append(f"UPDATE SKIPPED (gradient {reason})")
         return " | ".join(parts)
 
 

@@ -101,7 +101,9 @@ class Run:
             universal=point is not None and point.universal,
         )
         torch.manual_seed(run.seed + 1 + runtime.rank)  # ranks drop different patches
-        self.train_step = TrainStep(self.engine, config.loss, micro_batches=micro_batches)
+        self.train_step = TrainStep(
+            self.engine, config.loss, micro_batches=micro_batches, ranks_alike=True
+        )
         self.step = 0
         if point is not None:
             self._resume(point)

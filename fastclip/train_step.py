@@ -84,18 +84,30 @@ class StepResult:
 class TrainStep:
     """Callable that takes one rank's share of a global batch and updates the model.
 
+    Args:
+        ranks_alike: shares are of one size on all ranks, as the loader gives them: the loss need
+            not compare them.
+
     Raises:
         ValueError: `micro_batches` does not divide the batch, or the model has trainable BatchNorm
             (whose statistics depend on the split, so micro-batches would not be exact).
     """
 
-    def __init__(self, engine: Engine, config: LossConfig, *, micro_batches: int = 1) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: LossConfig,
+        *,
+        micro_batches: int = 1,
+        ranks_alike: bool = False,
+    ) -> None:
         model = engine.module
         check_micro_batching(model, micro_batches)
         config.check(model.config)
         self.engine = engine
         self.config = config
         self.micro_batches = micro_batches
+        self.ranks_alike = ranks_alike
 
     def __call__(self, batch: Batch) -> StepResult:
         micro_batches = split_batch(batch, self.micro_batches)
@@ -153,6 +165,7 @@ class TrainStep:
                 logit_scale,
                 logit_bias,
                 ids=ids,
+                ranks_alike=self.ranks_alike,
                 impl=self.config.impl,
             )
         return clip_loss_and_grads(
@@ -162,6 +175,7 @@ class TrainStep:
             ids=ids,
             label_smoothing=self.config.label_smoothing,
             memory_budget=self.config.memory_budget,
+            ranks_alike=self.ranks_alike,
             impl=self.config.impl,
         )
 

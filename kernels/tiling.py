@@ -21,7 +21,6 @@ FP16_GAIN = 2.0**14
 """fp16 entries of G are held multiplied by this: |G| ≤ 2, and most entries are below 2⁻¹⁴."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)

@@ -87,4 +87,5 @@ def write_shards(directory: Path, pairs: int = 48, per_shard: int = 16) -> Path:
 
 def loader_threads() -> list[str]:
     """Names of the training loaders' threads that live."""
-    return [t.name for t in threading.enumerate() if t.name.startswith("fastclip-loader")]
+    ours = ("fastclip-loader", "fastclip-batches")
+    return [t.name for t in threading.enumerate() if t.name.startswith(ours)]

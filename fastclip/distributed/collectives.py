@@ -104,24 +104,10 @@ def reduce_scatter_rows(x: Tensor, sizes: list[int], group: ProcessGroup | None 
     return own[: sizes[rank(group)]]
 
 
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        # Through `apply`, so that a second derivative crosses the ranks as well.
-        gradient: Tensor = _AllReduceSum.apply(grad_outputs[0], ctx.group)  # pyright: ignore[reportAssignmentType]
-        return gradient, None
-
-
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Sum over ranks, differentiable: the gradient is the sum of all ranks' gradients."""
+    """Sum over ranks; not differentiable."""
     if world_size(group) == 1:
         return x
-    total: Tensor = _AllReduceSum.apply(x, group)  # pyright: ignore[reportAssignmentType]
+    total = x.clone()
+    dist.all_reduce(total, group=group)
     return total

@@ -1,15 +1,14 @@
-"""Where this process stands among the others: the sole reader of the launcher's environment."""
+"""Where this process stands among the others, and the process group."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from fastclip.distributed import launcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
         ValueError: the launcher's variables are set in part, or the device is not there.
     """
     on_cuda = is_on_cuda(device)
-    rank, local_rank, world_size = _launcher_environment()
+    rank, local_rank, world_size, local_world_size = launcher.place()
     where = torch.device("cpu")
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
@@ -56,7 +55,7 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     backend = "nccl" if on_cuda else "gloo"
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
+        if launcher.launched():
             dist.init_process_group(backend, timeout=timeout)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -65,7 +64,7 @@ def initialise(device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
-        local_world_size=_local_world_size(world_size),
+        local_world_size=local_world_size,
         device=where,
         backend=backend,
     )
@@ -77,14 +76,8 @@ def initialise_alone(device: str, what: str) -> Runtime:
     Raises:
         ValueError: a launcher has started several ranks, or see `initialise`.
     """
-    check_alone(what)
+    launcher.check_alone(what)
     return initialise(device)
-
-
-def check_alone(what: str) -> None:
-    """Raise ValueError if a launcher has started several ranks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{what} is one process: start it without a launcher")
 
 
 def is_on_cuda(device: str) -> bool:
@@ -105,21 +98,3 @@ def shutdown() -> None:
     """Leave the process group; safe to call when there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _local_world_size(world_size: int) -> int:
-    """As torchrun or deepspeed says; without either, all ranks are here."""
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(said) if said else world_size
-
-
-def _launcher_environment() -> tuple[int, int, int]:
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return 0, 0, 1
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"the environment names a rank but lacks {', '.join(missing)}: start fastclip by "
-            "deepspeed or torchrun, which set all of them, or unset RANK and WORLD_SIZE"
-        )
-    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])

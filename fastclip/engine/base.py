@@ -91,7 +91,8 @@ class Engine(abc.ABC):
         self._backwards = 0
         with record_function("fastclip::update"):
             info = self._update()
-        self.loss_scale.update(~info.applied)
+        # Not where an unusual gradient was refused: that one did not overflow.
+        self.loss_scale.update(~info.gradient_norm.isfinite())
         self.guard.count(info.applied)
         return info
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -110,8 +111,9 @@ class DeepSpeedEngine(Engine):
             self._engine.step()
             return info
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return StepInfo(torch.tensor(norm), torch.tensor(not self._engine.optimizer.overflow))
+        overflow = bool(self._engine.optimizer.overflow)
+        norm = math.inf if overflow else float(self._engine.get_global_grad_norm())
+        return StepInfo(torch.tensor(norm), torch.tensor(not overflow))
 
     def save(self, directory: Path, tag: str) -> None:
         if self.zero_stage:
@@ -325,6 +327,7 @@ def merge_shards(source: Path, output: Path, *, zero_stage: int) -> Tensor:
             ) from error
         steps = sorted((output / "zero").glob("*/step.pt"))
         if steps:
-            return torch.as_tensor(torch.load(steps[0]))
-        states = torch.load(output / "zero" / "optimizer_state.pt")["optimizer_state_dict"]["state"]
+            return torch.as_tensor(torch.load(steps[0], weights_only=True))
+        merged = torch.load(output / "zero" / "optimizer_state.pt", weights_only=True)
+        states = merged["optimizer_state_dict"]["state"]
         return torch.as_tensor(states[0]["step"])

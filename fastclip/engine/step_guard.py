@@ -68,6 +68,7 @@ class LossScale:
         return {"value": float(self.value), "good_steps": int(self.good_steps)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` gave, where both runs scale their loss."""
         if self.enabled and state:
             self.value.fill_(float(state["value"]))
             self.good_steps.fill_(int(state["good_steps"]))
@@ -77,7 +78,8 @@ class StepGuard:
     """Refuses updates whose gradient is not finite, or unusually large where that is asked for.
 
     Attributes:
-        skipped_steps: int64 [], updates refused so far by this process.
+        skipped_steps: int64 [], updates refused since this guard was made: by a launch, or since
+            it went back to a checkpoint.
     """
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
@@ -126,8 +128,10 @@ class StepGuard:
             )
 
     def state_dict(self) -> dict[str, float]:
+        """The usual norm, as plain data; counts begin anew."""
         return {"usual": float(self._usual), "known": int(self._known)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` gave."""
         self._usual.fill_(float(state["usual"]))
         self._known.fill_(int(state["known"]))

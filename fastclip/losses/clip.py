@@ -92,6 +92,7 @@ def clip_loss(
     group: ProcessGroup | None = None,
     local: bool = False,
     ring: bool = False,
+    ranks_alike: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Symmetric softmax contrastive loss over the pairs of all ranks.
@@ -117,6 +118,9 @@ def clip_loss(
         local: contrast this rank's pairs alone, whatever the group.
         ring: let the text features go round the ranks instead of gathering them: no rank holds more
             than two ranks' texts, at the price of twice the traffic.
+        ranks_alike: every rank calls with as many pairs and the same options, as in a training loop
+            without a short last batch. They are not compared then, which spares a wait of the host
+            for the device; where it is not so, ranks hang or compute what has no meaning.
         impl: what computes it: "reference" (PyTorch), "triton", or "auto" (see `choose`).
 
     Returns:
@@ -128,7 +132,7 @@ def clip_loss(
     """
     settings = _settings(
         image_features, text_features, ids, label_smoothing, normalize, memory_budget, group,
-        local, ring, impl,
+        local, ring, ranks_alike, impl,
     )  # fmt: skip
     scale = scalar(logit_scale, "logit_scale", image_features)
     loss: Tensor = _ClipLoss.apply(  # pyright: ignore[reportAssignmentType]
@@ -150,6 +154,7 @@ def clip_loss_and_grads(
     group: ProcessGroup | None = None,
     local: bool = False,
     ring: bool = False,
+    ranks_alike: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, LossGradients]:
     """`clip_loss` and its gradients in one evaluation, without autograd.
@@ -159,7 +164,7 @@ def clip_loss_and_grads(
     """
     settings = _settings(
         image_features, text_features, ids, label_smoothing, normalize, memory_budget, group,
-        local, ring, impl,
+        local, ring, ranks_alike, impl,
     )  # fmt: skip
     scale = scalar(logit_scale, "logit_scale", image_features)
     with torch.autocast(image_features.device.type, enabled=False):
@@ -180,12 +185,13 @@ def _settings(
     group: ProcessGroup | None,
     local: bool,
     ring: bool,
+    ranks_alike: bool,
     impl: Impl,
 ) -> Settings:
     _check_smoothing(label_smoothing)
     _check_budget(memory_budget)
     return Settings(
-        ranks=agree(image_features, text_features, ids, group, local, normalize, ring),
+        ranks=agree(image_features, text_features, ids, group, local, ranks_alike, normalize, ring),
         local=local,
         dtype=operand_dtype(image_features),
         normalize=normalize,
@@ -205,7 +211,7 @@ class ClipLoss(nn.Module):
         rank, world_size: checked against the group. world_size=1 keeps the loss on this rank's
             pairs, as in open_clip; None takes the group as it is.
         use_horovod: refused.
-        group, label_smoothing, normalize, memory_budget, ring, impl: see `clip_loss`.
+        group, label_smoothing, normalize, memory_budget, ring, ranks_alike, impl: see `clip_loss`.
     """
 
     def __init__(
@@ -222,6 +228,7 @@ class ClipLoss(nn.Module):
         normalize: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         ring: bool = False,
+        ranks_alike: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -234,6 +241,7 @@ class ClipLoss(nn.Module):
         self.group = group
         self.label_smoothing = label_smoothing
         self.normalize, self.memory_budget, self.ring = normalize, memory_budget, ring
+        self.ranks_alike = ranks_alike
         self.impl: Impl = impl
 
     def get_logits(
@@ -277,6 +285,7 @@ class ClipLoss(nn.Module):
             group=self.group,
             local=self.local,
             ring=self.ring,
+            ranks_alike=self.ranks_alike,
             impl=self.impl,
         )
         return {"contrastive_loss": loss} if output_dict else loss

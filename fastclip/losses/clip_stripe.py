@@ -30,7 +30,7 @@ class GatheredStripe(Stripe):
         """
         settings = self.settings
         self.columns = self.gather(self.own_columns)
-        self.column_norm = self.gather(self.own_column_norm)
+        self.column_norm, product = self._gather_numbers()
         column_ids = positives = None
         if self.row_ids is not None:
             column_ids = self.gather(self.row_ids)
@@ -52,7 +52,7 @@ class GatheredStripe(Stripe):
         loss, self.row_terms, self.column_terms, self.own_entry = contrastive_summary(
             others_of_row,
             self._combine(others_of_column),
-            self.gather(self.product),
+            product,
             self.scale,
             gap,
             own_targets(positives, smoothing, self.product, count),
@@ -85,6 +85,14 @@ class GatheredStripe(Stripe):
             row_products, self.scatter(column_products), self.own_entry, upstream, need, 2
         )
         return as_gradients(self, *features, d_scale, None)
+
+    def _gather_numbers(self) -> tuple[Tensor, Tensor]:
+        """Of all columns the norm and the product with their own row, in one message."""
+        if self.settings.alone:
+            return self.own_column_norm, self.product
+        norm, product = self.own_column_norm, self.product
+        both = self.gather(torch.stack((norm.to(product.dtype), product), dim=1))
+        return both[:, 0].to(norm.dtype).contiguous(), both[:, 1].contiguous()
 
     def _combine(self, partial: Tensor) -> Tensor:
         """Log-sum-exp over ranks of each column's partial one."""

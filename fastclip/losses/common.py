@@ -62,9 +62,13 @@ def agree(
     ids: Tensor | None,
     group: ProcessGroup | None,
     local: bool,
+    ranks_alike: bool,
     *options: bool,
 ) -> Ranks:
     """Check the features here, then compare shapes, dtypes and options with the other ranks.
+
+    Args:
+        ranks_alike: take for granted that they are the same everywhere.
 
     Raises:
         TypeError, ValueError: the input does not fit. When ranks disagree, or one of them has bad
@@ -79,6 +83,12 @@ def agree(
         return Ranks(group, sizes, 0)
     if world_size(group) < 1:
         raise ValueError("this process is not in the loss's group: only its members may call")
+    if ranks_alike:
+        if problem is not None:
+            raise problem
+        sizes = [image_features.shape[0]] * world_size(group)
+        _check_not_empty(sizes)
+        return Ranks(group, sizes, rank(group))
     own = [0, 0, 0, 0, 0, 0, 1]
     if problem is None:
         shape = image_features.shape

@@ -176,6 +176,7 @@ def siglip_loss(
     group: ProcessGroup | None = None,
     local: bool = False,
     ring: bool = False,
+    ranks_alike: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Sigmoid loss over all N·N combinations of the pairs of all ranks, divided by N.
@@ -188,7 +189,7 @@ def siglip_loss(
         logit_bias: [] or [1], or a number; the paper starts at -10.
         ids: int64 [b]; pairs with equal ids are positives of each other, each combination of them
             answered with yes. None: each pair is its own only positive.
-        normalize, group, local, ring, impl: as for `clip_loss`.
+        normalize, group, local, ring, ranks_alike, impl: as for `clip_loss`.
 
     Returns:
         The loss, [], fp32, the same on every rank. Its gradients averaged over ranks (as DDP and
@@ -197,7 +198,9 @@ def siglip_loss(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit here or between ranks.
     """
-    settings = _settings(image_features, text_features, ids, normalize, group, local, ring, impl)
+    settings = _settings(
+        image_features, text_features, ids, normalize, group, local, ring, ranks_alike, impl
+    )
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     loss: Tensor = _SigLipLoss.apply(  # pyright: ignore[reportAssignmentType]
@@ -218,10 +221,13 @@ def siglip_loss_and_grads(
     group: ProcessGroup | None = None,
     local: bool = False,
     ring: bool = False,
+    ranks_alike: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, LossGradients]:
     """`siglip_loss` and its gradients in one evaluation, without autograd."""
-    settings = _settings(image_features, text_features, ids, normalize, group, local, ring, impl)
+    settings = _settings(
+        image_features, text_features, ids, normalize, group, local, ring, ranks_alike, impl
+    )
     scale = scalar(logit_scale, "logit_scale", image_features)
     bias = scalar(logit_bias, "logit_bias", image_features)
     with torch.autocast(image_features.device.type, enabled=False):
@@ -243,10 +249,11 @@ def _settings(
     group: ProcessGroup | None,
     local: bool,
     ring: bool,
+    ranks_alike: bool,
     impl: Impl,
 ) -> Settings:
     return Settings(
-        ranks=agree(image_features, text_features, ids, group, local, normalize, ring),
+        ranks=agree(image_features, text_features, ids, group, local, ranks_alike, normalize, ring),
         local=local,
         dtype=operand_dtype(image_features),
         normalize=normalize,
@@ -262,7 +269,7 @@ class SigLipLoss(nn.Module):
         cache_labels, dist_impl: accepted; they choose between layouts that this loss does not need.
         rank, world_size: checked against the group. world_size=1 keeps the loss on this rank's
             pairs, as in open_clip; None takes the group as it is.
-        group, normalize, ring, impl: see `siglip_loss`.
+        group, normalize, ring, ranks_alike, impl: see `siglip_loss`.
     """
 
     def __init__(
@@ -275,6 +282,7 @@ class SigLipLoss(nn.Module):
         group: ProcessGroup | None = None,
         normalize: bool = False,
         ring: bool = False,
+        ranks_alike: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -284,6 +292,7 @@ class SigLipLoss(nn.Module):
         self.local = check_module_arguments(group, rank, world_size, use_horovod=False)
         self.group = group
         self.normalize, self.ring = normalize, ring
+        self.ranks_alike = ranks_alike
         self.impl: Impl = impl
 
     def get_logits(
@@ -320,6 +329,7 @@ class SigLipLoss(nn.Module):
             group=self.group,
             local=self.local,
             ring=self.ring,
+            ranks_alike=self.ranks_alike,
             impl=self.impl,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -24,7 +24,7 @@ from fastclip.data.remote import shown, stop_with
 from fastclip.data.remote_files import Shard
 from fastclip.data.rewriting import alone, write_text
 from fastclip.data.shard_cache import size_of
-from fastclip.distributed.runtime import check_alone
+from fastclip.distributed.launcher import check_alone
 from fastclip.search.building import VectorsChoice, build_vectors
 from fastclip.search.encoder import Encoder
 from fastclip.search.info import (

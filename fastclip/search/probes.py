@@ -118,7 +118,9 @@ def choose_probes(
     texts: Tensor,
     target: float = TARGET_RECALL,
 ) -> tuple[int, Mapping[str, float]]:
-    """The fewest probes at which both kinds of queries reach the target by two standard errors.
+    """The first of 8, 12, 18, … probes with which both kinds of queries reach the target.
+
+    By two standard errors.
 
     Args:
         most: lists there are.

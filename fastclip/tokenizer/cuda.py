@@ -44,8 +44,8 @@ _NOT_BUILT = (
 class CudaTokenizer:
     """OpenAI's and open_clip's tokenizer (``clean="lower"``) for texts by the thousand.
 
-    Each call works on the current stream, and waits for it once, to learn which texts are the
-    host's. One instance may serve several threads; their calls take turns.
+    Each call works on the current stream, and waits for it, to learn which texts are the host's:
+    once where none is. One instance may serve several threads; their calls take turns.
 
     Args:
         context_length: as in `Tokenizer`, and so are `dialect`, `truncate` and `threads`, the last

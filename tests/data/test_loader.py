@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def test_threads_and_prefetching_change_nothing(shards: Path) -> None:
         _loader(shards, workers=3, prefetch_batches=5, crop_scale=(0.5, 1.0)) as many,
     ):
         assert all(_same(a, b) for a, b in zip(_take(one, 12), _take(many, 12), strict=True))
+
+
+def test_threads_are_the_machines_shared_among_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(train="shards")
+    for cores, ranks, threads in ((8, 1, 7), (8, 3, 1), (1, 1, 1), (2, 4, 1), (64, 2, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert config.threads(ranks) == threads
+    assert DataConfig(train="shards", workers=5).threads(4) == 5
+    with pytest.raises(ValueError, match=r"data\.workers is a number or auto"):
+        DataConfig(train="shards", workers="all")  # pyright: ignore[reportArgumentType]
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_samples(shards: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("threads"), pairs=40, per_shard=16)
 
 
-def make(train: Path, **options: Any) -> TrainLoader:
+def make(train: Path, batch_size: int = 4, **options: Any) -> TrainLoader:
     return TrainLoader(
         DataConfig(train=str(train), **options),
         image_size=24,
         tokenizer=TOKENIZER,
-        batch_size=4,
+        batch_size=batch_size,
         rank=0,
         world_size=1,
         seed=0,
@@ -55,6 +56,21 @@ def test_an_error_in_a_thread_reaches_the_consumer(
     assert loader_threads() == []
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+@pytest.mark.timeout(60)
+def test_threads_share_a_batch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them, though no other batch is being prepared."""
+    together = threading.Barrier(3, timeout=20)
+    rows = TrainLoader._rows
+
+    def with_others(self: TrainLoader, *arguments: Any) -> Any:
+        together.wait()
+        return rows(self, *arguments)
+
+    monkeypatch.setattr(TrainLoader, "_rows", with_others)
+    with make(shards, batch_size=36, workers=3, prefetch_batches=1) as loader:
+        assert len(next(loader)) == 36
 
 
 @pytest.mark.timeout(60)

@@ -55,17 +55,13 @@ def _report(runtime: Runtime) -> dict[str, Any]:
         all_gather_rows(torch.zeros(3, 2), [2] * RANKS)
     with pytest.raises((ValueError, RuntimeError)):
         reduce_scatter_rows(torch.zeros(5, 2), [2, 1, 1])
-    x = (torch.tensor([1.0, 2.0]) * (index + 1)).requires_grad_()
+    x = torch.tensor([1.0, 2.0]) * (index + 1)
     total = all_reduce_sum(x)
-    (first,) = torch.autograd.grad(((index + 1) * total**3).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(((index + 1) * first).sum(), x)
     barrier()
     return {
         "rows": rows,
-        "total": total.detach(),
-        "first": first.detach(),
-        "second": second,
-        "unchanged": torch.equal(x.detach(), torch.tensor([1.0, 2.0]) * (index + 1)),
+        "total": total,
+        "unchanged": torch.equal(x, torch.tensor([1.0, 2.0]) * (index + 1)),
         "strided": all_reduce_sum(torch.arange(6.0).view(2, 3).T),
         "place": (rank(), world_size()),
         "objects": all_gather_objects({"rank": index}),
@@ -95,10 +91,6 @@ def test_rows_travel_with_unequal_shares(results: list[dict[str, Any]]) -> None:
 def test_sums_and_small_values(results: list[dict[str, Any]]) -> None:
     for index, result in enumerate(results):
         assert result["total"].tolist() == [6.0, 12.0]
-        # d/dx of Σ_r (r+1)·total³ over all ranks = 3·total²·(1+2+3) ...
-        assert result["first"].tolist() == [648.0, 2592.0]
-        # ... and of Σ_r (r+1)·that once more = (1+2+3)·6·total·(1+2+3), across ranks.
-        assert result["second"].tolist() == [1296.0, 2592.0]
         assert result["unchanged"]
         assert torch.equal(result["strided"], 3 * torch.arange(6.0).view(2, 3).T)
         assert result["place"] == (index, 3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastclip.distributed import launcher
 from fastclip.distributed.collectives import any_rank
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 
@@ -46,6 +47,21 @@ def test_whole_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = initialise("cpu")
     assert (runtime.rank, runtime.local_rank, runtime.world_size) == (0, 0, 1)
     assert dist.get_world_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "here"), [({}, 8), ({"LOCAL_WORLD_SIZE": "4"}, 4), ({"LOCAL_SIZE": "2"}, 2)]
+)
+def test_ranks_of_this_machine_are_torchruns_or_deepspeeds(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], here: int
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**LAUNCHER, "WORLD_SIZE": "8", "RANK": "5", **said}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.place() == (5, 0, 8, here)
+    assert launcher.launched()
+    assert not launcher.is_main_process()
 
 
 @pytest.mark.parametrize("present", [("RANK",), ("WORLD_SIZE",), ("RANK", "WORLD_SIZE")])

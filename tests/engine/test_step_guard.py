@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastclip.distributed.runtime import Runtime
 from fastclip.engine import build_engine
 from fastclip.engine.config import EngineConfig
 from fastclip.engine.step_guard import LossScale, StepGuard
@@ -101,6 +102,30 @@ def test_unusual_norms_are_skipped_once_the_usual_one_is_known():
     assert guard.state_dict() == other.state_dict()
     plain = StepGuard(EngineConfig(), torch.device("cpu"))
     assert bool(plain.judge(torch.tensor(1e30)))
+
+
+def test_a_refused_outlier_leaves_the_loss_scale_alone():
+    torch.manual_seed(0)
+    model = Towers()
+    settings = {"precision": "fp16", "initial_loss_scale": 8.0, "outlier_factor": 3.0}
+    engine = build_engine(
+        model,  # pyright: ignore[reportArgumentType]
+        adamw(model),
+        engine_config("plain", **settings),
+        Runtime.alone(torch.device("cpu")),
+        micro_batch_size=4,
+    )
+    images, tokens = torch.randn(4, 8), torch.randn(4, 8)
+    infos = []
+    for factor in [1.0] * 20 + [50.0, math.inf]:
+        engine.backward(product_loss(engine.forward(images, tokens), 4) * factor)
+        infos.append((engine.step(), float(engine.loss_scale.value)))
+    (unusual, kept), (overflow, halved) = infos[-2:]
+    assert not bool(unusual.applied)
+    assert bool(unusual.gradient_norm.isfinite())
+    assert kept == 8.0
+    assert not bool(overflow.applied)
+    assert halved == 4.0
 
 
 def test_too_many_skipped_updates_in_a_row_are_an_error():

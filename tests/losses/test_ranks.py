@@ -19,6 +19,7 @@ from fastclip.losses import (
     SigLipLoss,
     clip_loss,
     clip_loss_and_grads,
+    common,
     siglip_loss,
     siglip_loss_and_grads,
 )
@@ -76,12 +77,25 @@ def _run(runtime: Runtime) -> list[tuple[Tensor, ...]]:
         at_once = clip_loss_and_grads if kind == "softmax" else siglip_loss_and_grads
         loss = function(*leaves, **options)
         loss.backward()
-        value, gradients = at_once(*(leaf.detach() for leaf in leaves), **options)
+        inputs = [leaf.detach() for leaf in leaves]
+        value, gradients = at_once(*inputs, **options)
         assert torch.equal(value, loss.detach())
+        if len(set(sizes)) == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(common, "all_gather_integers", _not_compared)
+                again, same = at_once(*inputs, ranks_alike=True, **options)
+                function(*leaves, ranks_alike=True, **options)
+            assert torch.equal(again, value)
+            for one, other in zip(same, gradients, strict=True):
+                assert one is other or torch.equal(one, other)  # pyright: ignore[reportArgumentType]
         for leaf, gradient in zip(leaves, gradients, strict=False):
             torch.testing.assert_close(gradient, leaf.grad)
         results.append((loss.detach(), *(leaf.grad for leaf in leaves)))
     return results
+
+
+def _not_compared(*arguments: Any) -> Any:
+    raise AssertionError("ranks compare although they are alike")
 
 
 def _in_groups(runtime: Runtime) -> Any:
