@@ -118,6 +118,44 @@ def test_damaged_files_are_named(run: Path, data: Path, capsys: pytest.CaptureFi
     assert _train(data, run, "run.steps=6") == 0
 
 
+def test_a_resumed_run_writes_the_uninterrupted_ones_checkpoint(data: Path, tmp_path: Path) -> None:
+    # Dropped patches come from the generators; loss scale and usual norm move at every step.
+    moving = (
+        "run.patch_dropout=0.5",
+        "run.micro_batches=2",
+        "engine.precision=fp16",
+        "engine.initial_loss_scale=16",
+        "engine.loss_scale_window=1",
+        "engine.outlier_factor=10",
+    )
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    assert _train(data, run, "run.steps=4", *moving) == 0
+    (run / "checkpoints" / step_tag(4)).rename(uninterrupted)
+    assert _train(data, run, "run.steps=4", *moving) == 0
+    resumed = run / "checkpoints" / step_tag(4)
+    names = sorted(path.name for path in uninterrupted.iterdir())
+    assert sorted(path.name for path in resumed.iterdir()) == names
+    pairs = {name: (resumed / name, uninterrupted / name) for name in names}
+    assert [n for n, (a, b) in pairs.items() if a.read_bytes() != b.read_bytes()] == []
+    meta = json.loads((resumed / "fastclip.json").read_text())
+    assert meta["engine"]["loss_scale"]["value"] == 16 * 2**4
+    assert meta["engine"]["guard"]["known"] == 4
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [2, 4, 5]), (1e6, [5])])
+def test_time_makes_log_steps_save(
+    data: Path, tmp_path: Path, minutes: float, steps: list[int]
+) -> None:
+    settings = (
+        f"run.checkpoint_every_minutes={minutes}",
+        "run.checkpoint_every_steps=none",
+        "run.log_every_steps=2",
+        "run.keep_checkpoints=9",
+    )
+    assert _train(data, tmp_path / "run", "run.steps=5", *settings) == 0
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == list(map(step_tag, steps))
+
+
 class _Harmful:
     def __reduce__(self):
         return (print, ("code from a checkpoint ran",))

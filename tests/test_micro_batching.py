@@ -60,8 +60,8 @@ def test_texts_packed_for_other_micro_batches_are_refused():
 
 
 def _replayed(runtime):
-    """Gradients with patch dropout: of the step, and of one whole graph."""
-    gradients = []
+    """Gradients with patch dropout, and the generator then: of the step, and of one whole graph."""
+    results = []
     for whole in (False, True):
         torch.manual_seed(0)
         model = Clip(preset("ViT-Nano-8")).train()
@@ -75,7 +75,8 @@ def _replayed(runtime):
             images = torch.cat([p.image_features for p in parts])
             texts = torch.cat([p.text_features for p in parts])
             clip_loss(images, texts, parts[-1].logit_scale).backward()
-            gradients.append({n: p.grad for n, p in model.named_parameters()})
+            gradients = {n: p.grad for n, p in model.named_parameters()}
+            results.append((gradients, torch.get_rng_state()))
             continue
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         engine = build_engine(
@@ -87,14 +88,14 @@ def _replayed(runtime):
             micro_batches=4,
         )
         TrainStep(engine, LossConfig(), micro_batches=4)(batch)
-        gradients.append(
-            {n: optimizer.state[p]["exp_avg"] / 0.1 for n, p in model.named_parameters()}
-        )
+        gradients = {n: optimizer.state[p]["exp_avg"] / 0.1 for n, p in model.named_parameters()}
+        results.append((gradients, torch.get_rng_state()))
         engine.close()
-    return gradients
+    return results
 
 
 def test_second_forward_replays_the_first_ones_random_numbers(tmp_path):
-    ((split, whole),) = run_ranks(_replayed, 1, tmp_path)
+    (((split, after_split), (whole, after_whole)),) = run_ranks(_replayed, 1, tmp_path)
+    assert torch.equal(after_split, after_whole)  # or the next step would drop patches as this one
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-6)
