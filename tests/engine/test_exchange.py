@@ -23,6 +23,7 @@ from small_towers import Towers, product_loss
 
 PAIRS = 12
 BEFORE, AFTER = 3, 3
+THEN, NOW = OptimConfig(weight_decay=0.2), OptimConfig(weight_decay=0.4, beta1=0.8, beta2=0.95)
 Place = tuple[str, int, int]  # engine, ZeRO stage, ranks
 SOURCES: tuple[Place, ...] = (
     ("plain", 0, 1),
@@ -34,10 +35,10 @@ SOURCES: tuple[Place, ...] = (
 TARGETS: tuple[Place, ...] = (
     ("plain", 0, 1),
     ("deepspeed", 0, 1),
-    ("deepspeed", 1, 1),
+    ("deepspeed", 2, 1),
     ("deepspeed", 3, 1),
     ("deepspeed", 0, 2),
-    ("deepspeed", 2, 2),
+    ("deepspeed", 1, 2),
     ("deepspeed", 3, 2),
     ("deepspeed", 1, 3),
 )
@@ -62,10 +63,17 @@ def _model(seed: int) -> Remembering:
     return Remembering()
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+def _optimizer(model: torch.nn.Module, config: OptimConfig = NOW) -> torch.optim.AdamW:
     """With the groups of training: of the temperature's, all ranks but one own nothing."""
-    groups = parameter_groups(model, OptimConfig(weight_decay=0.2))  # pyright: ignore[reportArgumentType]
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4, fused=True)
+    groups = parameter_groups(model, config)  # pyright: ignore[reportArgumentType]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=1e-2, betas=betas, eps=1e-4, fused=True)
+
+
+def _set_anew(optimizer: torch.optim.Optimizer) -> None:
+    groups = _optimizer(_model(0)).param_groups
+    for group, other in zip(optimizer.param_groups, groups, strict=True):
+        group.update(weight_decay=other["weight_decay"], betas=other["betas"])
 
 
 def _settings(place: Place) -> EngineConfig:
@@ -73,10 +81,12 @@ def _settings(place: Place) -> EngineConfig:
     return EngineConfig(backend=backend, zero_stage=stage, precision="fp32")  # pyright: ignore[reportArgumentType]
 
 
-def _engine(runtime, place: Place, model: Remembering, universal: bool = False) -> Engine:
+def _engine(
+    runtime, place: Place, model: Remembering, config: OptimConfig = NOW, universal: bool = False
+) -> Engine:
     return build_engine(
         model,  # pyright: ignore[reportArgumentType]
-        _optimizer(model),
+        _optimizer(model, config),
         _settings(place),
         runtime,
         micro_batch_size=PAIRS // runtime.world_size,
@@ -97,10 +107,13 @@ def _train(engine: Engine, runtime, steps: range) -> None:
 
 
 def _write(runtime, places: list[Place], directory: Path) -> dict[str, torch.Tensor] | None:
-    """A checkpoint under each engine; the weights of a run that is not interrupted."""
+    """A checkpoint under each engine; the weights of a run that is not interrupted.
+
+    After the checkpoint the optimiser has other settings, as a resumed run's may be.
+    """
     weights = None
     for place in places:
-        engine = _engine(runtime, place, _model(0))
+        engine = _engine(runtime, place, _model(0), THEN)
         _train(engine, runtime, range(BEFORE))
         save_checkpoint(
             directory / "-".join(map(str, place)),
@@ -111,6 +124,7 @@ def _write(runtime, places: list[Place], directory: Path) -> dict[str, torch.Ten
             model_config={},
             keep=1,
         )
+        _set_anew(engine.optimizer)
         _train(engine, runtime, range(BEFORE, BEFORE + AFTER))
         weights = engine.full_state_dict()
         engine.close()
@@ -129,7 +143,7 @@ def _continue(
             assert point is not None
             model = _model(1)
             load_weights(point, model)  # pyright: ignore[reportArgumentType]
-            engine = _engine(runtime, target, model, point.universal)
+            engine = _engine(runtime, target, model, universal=point.universal)
             load_checkpoint(point, engine, runtime)
             _train(engine, runtime, range(BEFORE, BEFORE + AFTER))
             weights[source, target] = engine.full_state_dict()
