@@ -67,7 +67,8 @@ def test_a_step_hands_its_settings_over(
     scalars = [parts[-1].logit_scale]
     if settings["kind"] == "siglip":
         scalars.append(parts[-1].logit_bias)
-    TrainStep(engine, LossConfig(**settings), micro_batches=2)(batch)
+    step = TrainStep(engine, LossConfig(**settings), micro_batches=2, ranks_alike=True)
+    step(batch)
 
     ((inputs, options, precision),) = calls
     expected = [
@@ -77,6 +78,7 @@ def test_a_step_hands_its_settings_over(
     ]
     torch.testing.assert_close(list(inputs), expected, rtol=0.0, atol=1e-2)  # bf16's
     assert options.pop("ids") is batch.ids
-    assert options == {key: value for key, value in settings.items() if key != "kind"}
+    expected_options = {key: value for key, value in settings.items() if key != "kind"}
+    assert options == {**expected_options, "ranks_alike": True}
     # The towers' features are fp32; what the loss multiplies them in is autocast's.
     assert precision is torch.bfloat16

@@ -130,8 +130,11 @@ class DeepSpeedEngine(Engine):
             sharded.load_hp_checkpoint_state_from_checkpoint_dir = functools.partial(
                 _load_partitions, sharded
             )
-        groups = self.optimizer.param_groups
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        own = ("params", "step")  # a count, where apex or DeepSpeed keeps it in the group
+        settings = [
+            {k: v for k, v in group.items() if k not in own}
+            for group in self.optimizer.param_groups
+        ]
         with weights_only_loading():
             path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
@@ -139,9 +142,10 @@ class DeepSpeedEngine(Engine):
                 f"{directory / tag} is no complete DeepSpeed checkpoint for ZeRO stage "
                 f"{self.zero_stage}"
             )
-        # The configuration says what each group's settings are, and under ZeRO-3 DeepSpeed 0.19.8
-        # lets all parameters of a universal checkpoint share one tensor as their count of steps.
-        for group, setting in zip(groups, settings, strict=True):
+        # The groups may be others now. The configuration says what their settings are, and under
+        # ZeRO-3 DeepSpeed 0.19.8 lets all parameters of a universal checkpoint share one tensor as
+        # their count of steps.
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         # Counts come on the host, and the fused AdamW wants them where the parameters are.
         for parameter, state in self.optimizer.state.items():
