@@ -18,10 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.kernels.reference import CHUNK_ELEMENTS, compute_dtype
-
-EPSILON = 1e-12
-"""Norms below it count as it, as in `F.normalize`."""
+from fastclip.kernels.reference import CHUNK_ELEMENTS, NORM_FLOOR, compute_dtype
 
 MAX_K = 1024
 """Most neighbours that `similarity_topk` finds."""
@@ -53,7 +50,7 @@ class Neighbours(NamedTuple):
 def norms(features: Tensor) -> Tensor:
     """max(‖x‖, 1e-12) of each row in compute dtype, [rows]."""
     dtype = compute_dtype(features.dtype)
-    return torch.linalg.vector_norm(features, dim=1, dtype=dtype).clamp_min(EPSILON)
+    return torch.linalg.vector_norm(features, dim=1, dtype=dtype).clamp_min(NORM_FLOOR)
 
 
 def similarity(
@@ -220,7 +217,7 @@ def _through_norm(gradient: Tensor, features: Tensor, own_norms: Tensor | None) 
     gradient /= own_norms[:, None]
     along = (features * gradient).sum(1)
     # A norm below the threshold is no function of its features.
-    factor = (along / own_norms / own_norms).masked_fill_(own_norms <= EPSILON, 0.0)
+    factor = (along / own_norms / own_norms).masked_fill_(own_norms <= NORM_FLOOR, 0.0)
     gradient.addcmul_(features, factor[:, None], value=-1)
     return along.sum()
 

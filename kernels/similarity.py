@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastclip.kernels.reference import NORM_FLOOR
 from fastclip.kernels.reference_similarity import (
-    EPSILON,
     Neighbours,
     SimilarityGradients,
     gradients_by,
@@ -46,7 +46,7 @@ CHUNK_ELEMENTS = 1 << 28
 STREAMED_K = 64
 """Largest k whose list is kept in registers."""
 
-_EPSILON = tl.constexpr(EPSILON)
+_NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 _INT32_MIN = tl.constexpr(-(2**31))
 _INT32_MAX = tl.constexpr(2**31 - 1)
 _NOTHING = tl.constexpr(-(2**63))
@@ -77,7 +77,7 @@ def norm_kernel(
         x = tl.load(pointer + first, mask=mask, other=0.0).to(tl.float32)
         total += x * x
     norm = tl.sqrt_rn(tl.sum(total, axis=1))
-    tl.store(norms + row_index, tl.maximum(norm, _EPSILON), mask=row_index < row_count)
+    tl.store(norms + row_index, tl.maximum(norm, _NORM_FLOOR), mask=row_index < row_count)
 
 
 @triton.jit

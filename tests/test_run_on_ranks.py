@@ -29,6 +29,7 @@ def _started(runtime: Runtime, shards: Path) -> tuple[int, torch.Tensor]:
     ]
     run = run_module.Run(apply_overrides(smoke(str(shards)), settings), runtime)
     run.close()
+    assert run.train_step.ranks_alike  # or the host would wait in each step
     return run.train_step.micro_batches, torch.rand(8)
 
 

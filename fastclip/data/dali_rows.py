@@ -73,8 +73,10 @@ class DaliRows:
             pixels, failed = decoder.decode(contents, boxes)
             batch = pixels.permute(0, 2, 3, 1)
             if len(numbers) < len(images):
-                whole = torch.from_numpy(images).to(self.device)
+                whole = batch.new_empty(images.shape)
                 whole[torch.tensor(numbers, device=self.device)] = batch
+                others = [row for row in range(len(images)) if row not in rows]
+                self._put(whole, images, others)
                 batch = whole
             ready = torch.cuda.Event()
             ready.record()
@@ -88,12 +90,15 @@ class DaliRows:
             batch[rows] = torch.from_numpy(images[rows])
             return None
         with torch.cuda.stream(self._own.stream):
-            batch[torch.tensor(rows, device=self.device)] = torch.from_numpy(images[rows]).to(
-                self.device
-            )
+            self._put(batch, images, rows)
             ready = torch.cuda.Event()
             ready.record()
         return ready
+
+    def _put(self, batch: Tensor, images: NDArray[np.uint8], rows: list[int]) -> None:
+        """Copy these rows of host memory into a batch on the device."""
+        own = torch.from_numpy(images[rows]).to(self.device)
+        batch[torch.tensor(rows, device=self.device)] = own
 
     def close(self) -> None:
         """Stop DALI's threads and free its memory."""

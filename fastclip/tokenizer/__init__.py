@@ -36,10 +36,10 @@ from fastclip.tokenizer.vocabulary import (
     load_vocabulary,
 )
 
-__all__ = ["PackedTokens", "Tokenizer"]
+__all__ = ["PackedIds", "Tokenizer"]
 
 
-class PackedTokens(NamedTuple):
+class PackedIds(NamedTuple):
     """Texts one behind the other, as attention over texts of different lengths takes them."""
 
     ids: torch.Tensor
@@ -157,14 +157,14 @@ class Tokenizer:
         """
         return self._rows(texts, self.context_length, torch.int32)
 
-    def encode_packed(self, texts: TextInput) -> PackedTokens:
+    def encode_packed(self, texts: TextInput) -> PackedIds:
         """The texts one behind the other, none longer than `context_length`. Raises as
         `encode_batch`."""
         rows, lengths = self._rows(texts, self.context_length, torch.int32)
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=starts[1:])
         packed = self._backend.pack(rows, lengths, int(starts[-1]))
-        return PackedTokens(packed, starts, lengths)
+        return PackedIds(packed, starts, lengths)
 
     def __call__(
         self, texts: TextInput, context_length: int | None = None, out: Any = None
