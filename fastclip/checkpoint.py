@@ -17,13 +17,11 @@ process leaves either the old state or the new one.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
 import pickle
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 
+from fastclip.checkpoint_folder import (
+    complete_checkpoints,
+    flush,
+    make_way,
+    prune,
+    step_tag,
+)
+from fastclip.data.rewriting import write_text
 from fastclip.distributed.collectives import barrier, broadcast_object
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine import Engine, convert_to_universal
@@ -41,8 +47,7 @@ from fastclip.models.clip import Clip
 
 logger = logging.getLogger("fastclip")
 
-FORMAT_VERSION = 3
-STEP_NAME = re.compile(r"step-(\d{8})")
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class ResumePoint:
 
     tag: str
     step: int
+    pairs: int
+    """That the run has trained on."""
+
     loader_state: dict[str, Any]
     engine_state: dict[str, Any]
     same_world: bool
@@ -68,32 +76,24 @@ class ResumePoint:
         return self.load_tag != self.tag
 
 
-def step_tag(step: int) -> str:
-    """Directory name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def complete_checkpoints(directory: Path) -> list[str]:
-    """Names of the complete checkpoints in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    names = [p.name for p in directory.iterdir() if STEP_NAME.fullmatch(p.name)]
-    return sorted(n for n in names if (directory / n / "fastclip.json").is_file())
-
-
 def save_checkpoint(
     directory: Path,
     engine: Engine,
     runtime: Runtime,
     *,
     step: int,
+    pairs: int,
     loader_state: dict[str, Any],
     model_config: dict[str, Any],
-    keep: int,
+    keep: int | None,
     algorithm: str = "adamw",
     frozen: Sequence[str] = (),
 ) -> Path:
-    """Write the checkpoint of `step`, point `latest` at it, keep the newest `keep`. Collective."""
+    """Write the checkpoint of `step`, point `latest` at it. Collective.
+
+    Args:
+        keep: how many of the newest stay; None: all.
+    """
     tag = step_tag(step)
     partial = f".partial-{tag}"
     final = directory / tag
@@ -117,6 +117,7 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": runtime.world_size,
+            "pairs": pairs,
             "zero_stage": engine.zero_stage,
             "algorithm": algorithm,
             "frozen": list(frozen),
@@ -125,55 +126,13 @@ def save_checkpoint(
             "torch": torch.__version__,
         }
         _write_json(directory / partial / "fastclip.json", meta)
-        _flush(directory / partial)
-        _make_way(directory, tag)
+        flush(directory / partial)
+        make_way(directory, tag)
         os.replace(directory / partial, final)
-        _write_text(directory / "latest", tag + "\n")
-        _prune(directory, keep)
+        write_text(directory / "latest", tag + "\n")
+        prune(directory, keep)
     barrier()
     return final
-
-
-def _flush(directory: Path) -> None:
-    """Let a folder's files reach the disk: a name must not outlive a power cut without them."""
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _make_way(directory: Path, tag: str) -> None:
-    """Take away what a new checkpoint `tag` must not be found beside.
-
-    That is an earlier one of the same name, with its conversion, and, put aside, later ones: of a
-    run that this one has begun anew in place of. Before the new one appears, so that a kill in
-    between cannot leave them together.
-    """
-    for stale in (directory / f"{tag}-universal", directory / tag):
-        shutil.rmtree(stale, ignore_errors=True)
-    for later in complete_checkpoints(directory):
-        if later > tag:
-            aside = (directory / f".superseded-{later}-{n}" for n in itertools.count(1))
-            kept = next(path for path in aside if not path.exists())
-            os.replace(directory / later, kept)
-            logger.warning(
-                "%s is of a run that this one has begun anew in place of: it is kept as %s, and "
-                "nothing reads it again",
-                directory / later,
-                kept.name,
-            )
-
-
-def _prune(directory: Path, keep: int) -> None:
-    """Leave the newest `keep` checkpoints, and conversions of these alone."""
-    complete = complete_checkpoints(directory)
-    for old in complete[:-keep]:
-        shutil.rmtree(directory / old)
-    for conversion in directory.glob("step-*-universal"):
-        if conversion.name.removesuffix("-universal") not in complete[-keep:]:
-            shutil.rmtree(conversion)
 
 
 def find_resume_point(
@@ -269,7 +228,14 @@ def _find_resume_point(
             with _damage_explained(source, source):
                 convert_to_universal(source, directory / load_tag, zero_stage=written_at)
     return ResumePoint(
-        directory, chosen, meta["step"], meta["loader"], meta["engine"], same_world, load_tag
+        directory,
+        chosen,
+        meta["step"],
+        meta["pairs"],
+        meta["loader"],
+        meta["engine"],
+        same_world,
+        load_tag,
     )
 
 
@@ -379,14 +345,4 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: object) -> None:
-    _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step, on disk when this returns."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -6,9 +6,11 @@ is dumped beside the run. There is no other place a setting can come from.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -96,7 +98,8 @@ class RunConfig:
     """Steps between checkpoints; None for none by steps."""
 
     checkpoint_every_minutes: float | None = 30.0
-    """Minutes between checkpoints, looked at on log steps; None for none by time."""
+    """Minutes between checkpoints, looked at on log steps; None for none by time. One that falls on
+    skipped updates, by steps too, is made after them."""
 
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
@@ -127,10 +130,12 @@ class RunConfig:
         )
         for name in optional:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"run.{name} is positive or none, not {value}")
-        if self.steps is None and self.epochs <= 0:
+        if self.steps is None and not 0 < self.epochs < math.inf:
             raise ValueError(f"run.epochs is positive, not {self.epochs}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"run.seed is from 0 to 2**62 - 1, not {self.seed}")
         if self.max_rollbacks < 0:
             raise ValueError(f"run.max_rollbacks is at least 0, not {self.max_rollbacks}")
         if not 0.0 <= self.patch_dropout < 1.0:
@@ -331,6 +336,9 @@ def parse_value(annotation: Any, text: str, path: str) -> Any:
 
 
 def _parse_number(annotation: type, text: str, path: str) -> int | float:
+    if annotation is int:
+        with contextlib.suppress(ValueError):  # 1e6 is a whole number too
+            return int(text)
     try:
         number = float(text.replace("_", ""))
     except ValueError:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastclip.checkpoint import complete_checkpoints
+from fastclip.checkpoint_folder import complete_checkpoints
 from fastclip.config import TrainConfig, apply_overrides, from_dict, load_config
 from fastclip.data.pixels import PixelReader
 from fastclip.data.transforms import centre_crop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -112,7 +113,8 @@ class RunLogger:
         directory: the run's folder.
         is_main: whether this rank writes.
         total_steps: of the run, for the time that is left.
-        resume_at: steps that count; lines of later ones, from a launch that died, are cut off.
+        resume_at: steps that count; lines of later ones, from a launch that died, are cut off. With
+            0, those of an earlier run are put aside.
         tensorboard: write TensorBoard events.
         wandb_project: also log to this W&B project.
     """
@@ -134,7 +136,11 @@ class RunLogger:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        cut_back(path, resume_at)
+        if resume_at:
+            cut_back(path, resume_at)
+        else:
+            _set_aside(path)
+        self._evaluated = _evaluated_steps(path)
         self._file = path.open("a", encoding="utf-8")
         self._board = _open_tensorboard(directory, resume_at) if tensorboard else None
         self._wandb = None if wandb_project is None else _open_wandb(wandb_project, directory)
@@ -160,6 +166,10 @@ class RunLogger:
             self._progress.update(step, line)
         else:
             logger.info("%s", line)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier launch has logged an evaluation at this step; False off rank 0."""
+        return self.is_main and step in self._evaluated
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log an evaluation; names are prefixed with ``eval/``."""
@@ -223,6 +233,20 @@ def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _set_aside(path: Path) -> None:
+    """What an earlier run in the same folder has logged is kept under another name."""
+    if path.exists() and path.stat().st_size:
+        names = (path.with_name(f".superseded-{n}-{path.name}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def _evaluated_steps(path: Path) -> set[int]:
+    if not path.exists():
+        return set()
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {row["step"] for row in rows if any(name.startswith("eval/") for name in row)}
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastclip.config import TrainConfig
 from fastclip.distributed.runtime import initialise, shutdown
 from fastclip.run import Run
+from fastclip.run_folder import check_fresh
 
 WARM_UP_STEPS = 3
 PARTS = (
@@ -40,6 +41,7 @@ def profile_run(config: TrainConfig, directory: Path, steps: int = 5) -> str:
     )
     runtime = initialise(config.run.device)
     try:
+        check_fresh(directory, "the profile", runtime)
         run = Run(dataclasses.replace(config, run=quiet), runtime)
         run.begin()
         for _ in range(WARM_UP_STEPS):

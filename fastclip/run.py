@@ -25,6 +25,7 @@ from fastclip.distributed.collectives import all_gather_integers, barrier
 from fastclip.distributed.runtime import Runtime
 from fastclip.engine import build_engine, check_engine
 from fastclip.engine.config import AUTOCAST_DTYPES, effective_zero_stage
+from fastclip.eval.suite import check_tasks
 from fastclip.flops import executed_flops_per_sample
 from fastclip.metrics import RunLogger, Throughput
 from fastclip.micro_batch_size import find_micro_batches
@@ -88,7 +89,11 @@ class Run:
             quarantine=self.directory / f"quarantine-{runtime.rank:05d}.jsonl",
         )
         check_agreement(self.loader.identity, self.loader.samples_per_epoch, runtime)
-        self.total_steps = total_steps(config, self.loader.samples_per_epoch)
+        self.step = self.pairs = 0
+        self.resumed_from: str | None = None
+        if point is not None:
+            self.step, self.pairs, self.resumed_from = point.step, point.pairs, point.tag
+        self.total_steps = self._total_steps()
         # Refuses a run that is shorter than its warm-up.
         learning_rate_at(0, config.optim, self.total_steps)
         self.engine = build_engine(
@@ -104,9 +109,9 @@ class Run:
         self.train_step = TrainStep(
             self.engine, config.loss, micro_batches=micro_batches, ranks_alike=True
         )
-        self.step = 0
         if point is not None:
             self._resume(point)
+        self._begun_at = self.step
         if runtime.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_config(config, self.directory / "config.json")
@@ -144,7 +149,6 @@ class Run:
     def _resume(self, point: ResumePoint) -> None:
         load_checkpoint(point, self.engine, self.runtime)
         self.loader.load_state_dict(point.loader_state)
-        self.step = point.step
         if self.runtime.is_main:
             logger.info("resuming from %s at step %d", point.directory / point.tag, point.step)
 
@@ -164,8 +168,26 @@ class Run:
         )
         result = self.train_step(batch)
         self.step += 1
+        self.pairs += self.config.run.global_batch_size
         self.throughput.step(self._flops_per_sample(batch))
         return result, learning_rate
+
+    def nothing_learnt(self) -> bool:
+        """Whether every update since this run was begun or resumed was skipped."""
+        return int(self.engine.guard.skipped_steps) >= self.step - self._begun_at
+
+    def _total_steps(self) -> int:
+        """Steps of the run: as set, or enough for the epochs asked for.
+
+        Pairs that were trained on in batches of another size count as pairs.
+        """
+        run = self.config.run
+        if run.steps is not None:
+            return run.steps
+        wanted = run.epochs * self.loader.samples_per_epoch
+        if self.pairs == self.step * run.global_batch_size:
+            return max(1, round(wanted / run.global_batch_size))
+        return self.step + max(0, round((wanted - self.pairs) / run.global_batch_size))
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go back to."""
@@ -268,6 +290,7 @@ def check_settings(config: TrainConfig, runtime: Runtime) -> int:
     if "://" not in config.data.train:  # which would be asked for twice
         expand_shards(config.data.train)
     config.loss.check(config.model)
+    check_tasks(config.eval)
     if config.run.steps is not None:
         learning_rate_at(0, config.optim, config.run.steps)
     if config.run.cuda_graphs and (config.run.compile == "none" or runtime.device.type != "cuda"):
@@ -345,10 +368,3 @@ def per_rank_batch_size(config: TrainConfig, world_size: int) -> int:
             f"{micro_batches} micro-batch(es); nearest: {max(total // parts, 1) * parts}"
         )
     return total // world_size
-
-
-def total_steps(config: TrainConfig, samples_per_epoch: int) -> int:
-    """Optimiser steps of the run: as set, or enough for the epochs asked for."""
-    if config.run.steps is not None:
-        return config.run.steps
-    return max(1, round(config.run.epochs * samples_per_epoch / config.run.global_batch_size))

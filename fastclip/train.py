@@ -10,15 +10,23 @@ from types import FrameType
 from typing import Any
 
 from fastclip.checkpoint import save_checkpoint
+from fastclip.checkpoint_folder import set_aside
 from fastclip.config import TrainConfig, to_dict
-from fastclip.distributed.collectives import any_rank
+from fastclip.distributed.collectives import all_gather_integers, any_rank
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.suite import format_table, run_suite
 from fastclip.run import Run
+from fastclip.run_folder import alone_in
 from fastclip.train_step import StepResult
 
 logger = logging.getLogger("fastclip")
+
+_SECONDS_BETWEEN_CHECKS = 5.0
+"""About as long does it take until all ranks know that one was asked to stop."""
+
+_SECONDS_OF_ONE_SIGNAL = 2.0
+"""A launcher passes on what the terminal has sent already: that is no second wish."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class TrainResult:
     """Optimiser steps done, over all launches of this run."""
 
     finished: bool
-    """False when a signal stopped the run early (its state is saved)."""
+    """False when a signal stopped the run early (what can be resumed is saved)."""
 
     metrics: dict[str, float]
     """The last evaluation, empty if there was none."""
@@ -41,12 +49,13 @@ def train(config: TrainConfig) -> TrainResult:
     Every rank calls this; the launcher (deepspeed, torchrun or none) only sets the environment.
 
     Raises:
-        ValueError: the configuration does not fit the number of ranks, the model or the data.
+        ValueError: the configuration does not fit the number of ranks, the model or the data, or
+            another process trains in its run directory.
         FloatingPointError: training diverged.
     """
     runtime = initialise(config.run.device)
     try:
-        with _StopRequest() as stop:
+        with _StopRequest() as stop, alone_in(config.run.directory, runtime):
             return _train(config, runtime, stop)
     finally:
         shutdown()
@@ -63,7 +72,12 @@ def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainRe
             run.log.end({})
             run.close()
             # Every rank has counted the same steps, and sees the same files.
-            if not rollbacks_left or not config.run.resume or not run.has_checkpoint():
+            if not rollbacks_left or not config.run.resume:
+                raise
+            if run.resumed_from is not None and run.nothing_learnt():
+                logger.warning("%s: not one good update has followed it", run.resumed_from)
+                set_aside(run.checkpoints, run.resumed_from, runtime)
+            if not run.has_checkpoint():
                 raise
             logger.warning("%s; going back to the newest checkpoint", error)
             run = Run(config, runtime)
@@ -76,7 +90,13 @@ def _loop(run: Run, stop: _StopRequest) -> TrainResult:
     """Steps until the end, or until a signal asks to stop."""
     settings = run.config.run
     metrics: dict[str, float] = {}
+    checks = _Checks(run, stop)
+    due = False
     run.log.start(run.describe())
+    if run.step and _evaluation_due(run) and not any_rank(run.log.has_evaluation(run.step)):
+        metrics = _evaluate(run)  # the launch before has ended between checkpoint and evaluation
+    if run.step >= run.total_steps:
+        logger.info("nothing is left to train: step %d of %d", run.step, run.total_steps)
     run.begin()
     while run.step < run.total_steps:
         result, learning_rate = run.one_step()
@@ -84,15 +104,16 @@ def _loop(run: Run, stop: _StopRequest) -> TrainResult:
         on_log_step = last or run.step % settings.log_every_steps == 0
         if on_log_step:
             _log_step(run, result, learning_rate)
-            if any_rank(stop.requested) and not last:  # what is left then is soon done
-                _save(run)
-                return _end(run, finished=False, metrics=metrics)
-        if last or _due(run.step, settings.evaluate_every_steps):
-            metrics = _evaluate(run)
-        due = _due(run.step, settings.checkpoint_every_steps) or _time_due(run, on_log_step)
-        # Amid bad steps nothing is saved: one could not go back to before them.
+        asked_to_stop, time_to_save = checks(on_log_step)
+        if asked_to_stop and not last:  # what is left then is soon done
+            return _stop(run, metrics)
+        # Amid bad steps nothing is saved, but after them: one could not go back to before them.
+        due = due or time_to_save or _due(run.step, settings.checkpoint_every_steps)
         if last or (due and run.engine.guard.skipped_in_a_row() == 0):
             _save(run)
+            due = False
+        if _evaluation_due(run):
+            metrics = _evaluate(run)
     return _end(run, finished=True, metrics=metrics)
 
 
@@ -112,9 +133,14 @@ def _log_step(run: Run, result: StepResult, learning_rate: float) -> None:
     run.log.step(run.step, values)
 
 
+def _evaluation_due(run: Run) -> bool:
+    evaluation, every = run.config.eval, run.config.run.evaluate_every_steps
+    if not evaluation.zero_shot and not evaluation.retrieval:
+        return False
+    return run.step == run.total_steps or _due(run.step, every)
+
+
 def _evaluate(run: Run) -> dict[str, float]:
-    if not run.config.eval.zero_shot and not run.config.eval.retrieval:
-        return {}
     with run.throughput.paused():
         evaluator = Evaluator(
             model=run.engine.module,
@@ -132,39 +158,51 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
+    keep: int | None = run.config.run.keep_checkpoints
+    in_a_row = run.engine.guard.skipped_in_a_row()
+    if in_a_row:
+        keep = None
+        logger.warning(
+            "the last %d update(s) of the run were skipped: look at metrics.jsonl whether it has "
+            "diverged; the checkpoints before the last one are all kept",
+            in_a_row,
+        )
     with run.throughput.paused():
         save_checkpoint(
             run.checkpoints,
             run.engine,
             run.runtime,
             step=run.step,
+            pairs=run.pairs,
             loader_state=run.loader.state_dict(),
             model_config=to_dict(run.config.model),
-            keep=run.config.run.keep_checkpoints,
+            keep=keep,
             algorithm=run.config.optim.algorithm,
             frozen=run.frozen,
         )
     run.saved_at = time.monotonic()
 
 
-def _time_due(run: Run, on_log_step: bool) -> bool:
-    minutes = run.config.run.checkpoint_every_minutes
-    if minutes is None or not on_log_step:
-        return False
-    # Clocks differ between ranks; one that is due makes all save.
-    return any_rank(time.monotonic() - run.saved_at >= minutes * 60)
+def _stop(run: Run, metrics: dict[str, float]) -> TrainResult:
+    where = "here"
+    if run.engine.guard.skipped_in_a_row() == 0:
+        _save(run)
+    else:  # one could not go back to before them
+        where = "the checkpoint before: the newest updates were skipped, and are not saved"
+    if run.runtime.is_main:
+        logger.warning(
+            "stopped by a signal at step %d of %d; the same command continues from %s",
+            run.step,
+            run.total_steps,
+            where,
+        )
+    return _end(run, finished=False, metrics=metrics)
 
 
 def _end(run: Run, finished: bool, metrics: dict[str, float]) -> TrainResult:
     report = run.loader.report()
     run.log.end(report)
     run.close()
-    if run.runtime.is_main and not finished:
-        logger.warning(
-            "stopped by a signal at step %d of %d; the same command continues from here",
-            run.step,
-            run.total_steps,
-        )
     return TrainResult(run.step, finished, metrics)
 
 
@@ -172,11 +210,40 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+class _Checks:
+    """What the ranks have to agree on: on log steps, and where these are rare every few seconds.
+
+    In steps, since clocks differ; how many these are, rank 0 says.
+    """
+
+    def __init__(self, run: Run, stop: _StopRequest) -> None:
+        self._run, self._stop = run, stop
+        self._step, self._begin = run.step, time.monotonic()
+        self._every = run.config.run.log_every_steps
+
+    def __call__(self, on_log_step: bool) -> tuple[bool, bool]:
+        """Whether one rank was asked to stop; whether, on a log step, it is time to save."""
+        run, now = self._run, time.monotonic()
+        steps = run.step - self._step
+        if not on_log_step and steps < self._every:
+            return False, False
+        minutes = run.config.run.checkpoint_every_minutes
+        own = [
+            int(self._stop.requested),
+            int(on_log_step and minutes is not None and now - run.saved_at >= minutes * 60),
+            max(1, int(_SECONDS_BETWEEN_CHECKS * steps / max(now - self._begin, 1e-3))),
+        ]
+        stops, saves, everys = zip(*all_gather_integers(own, run.runtime.device), strict=True)
+        self._step, self._begin, self._every = run.step, now, everys[0]
+        return any(stops), any(saves)
+
+
 class _StopRequest:
     """SIGTERM and SIGINT ask the run to save and stop; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopRequest:
@@ -190,10 +257,12 @@ class _StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, now
+            logger.warning(
+                "%s: saving after the next steps; send it again to stop at once",
+                signal.Signals(number).name,
+            )
+        elif now - self._since > _SECONDS_OF_ONE_SIGNAL:
             raise KeyboardInterrupt
-        self.requested = True
-        logger.warning(
-            "%s: saving at the next log step; send it again to stop at once",
-            signal.Signals(number).name,
-        )

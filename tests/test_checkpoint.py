@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastclip import cli
-from fastclip.checkpoint import complete_checkpoints, find_resume_point, step_tag
+from fastclip.checkpoint import find_resume_point
+from fastclip.checkpoint_folder import complete_checkpoints, step_tag
 from fastclip.config import load_config, to_dict
 from fastclip.distributed.runtime import Runtime
 from shards import write_shards

@@ -45,6 +45,7 @@ def test_every_preset_round_trips(config):
         ("run.steps=1_000", "steps", 1000),
         ("run.steps=1e3", "steps", 1000),
         ("run.steps=none", "steps", None),
+        ("run.seed=9007199254740993", "seed", 2**53 + 1),  # no float is that
         ("run.epochs=0.5", "epochs", 0.5),
         ("run.freeze_text=true", "freeze_text", True),
         ("run.wandb_project=clip", "wandb_project", "clip"),
@@ -79,11 +80,21 @@ def test_nested_override_keeps_the_rest(config):
         ("run.steps", "field.name=value"),
         ("model=ViT-B-23", "ViT-B-32"),
         ("run.steps=-5", "positive"),
+        ("run.seed=1e30", r"from 0 to 2\*\*62 - 1"),
+        ("run.checkpoint_every_minutes=nan", "positive or none"),
+        ("optim.learning_rate=inf", "positive"),
+        ("optim.weight_decay=nan", "not negative"),
     ],
 )
 def test_wrong_override_names_the_way_out(config, override, message):
     with pytest.raises(ValueError, match=message):
         apply_overrides(config, [override])
+
+
+@pytest.mark.parametrize("epochs", ["inf", "nan", "0"])
+def test_epochs_are_finite(config, epochs):
+    with pytest.raises(ValueError, match=r"run\.epochs is positive"):
+        apply_overrides(config, ["run.steps=none", f"run.epochs={epochs}"])
 
 
 def test_dumped_config_with_a_foreign_field_is_refused(config, tmp_path):

@@ -76,9 +76,10 @@ class DeepSpeedEngine(Engine):
             else:
                 chosen = {"model_parameters": optimizer.groups}
                 settings["optimizer"] = {"type": optimizer.kind, "params": optimizer.arguments}
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model, config=settings, dist_init_required=False, **chosen
-        )
+        with _refusals_explained():
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=model, config=settings, dist_init_required=False, **chosen
+            )
         if config.zero_stage == 0 and runtime.world_size == 1:
             # Or it would copy all gradients into one buffer, and back, to reduce them over no one.
             self._engine.enable_backward_allreduce = False
@@ -207,6 +208,17 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
     return MuonWithAuxAdam(groups)
+
+
+@contextlib.contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """DeepSpeed says by assertions which settings do not go together."""
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        yield
+    except (AssertionError, ZeRORuntimeException) as error:
+        raise ValueError(f"DeepSpeed refuses the engine's settings: {error}") from error
 
 
 def import_deepspeed(runtime: Runtime) -> Any:

@@ -106,6 +106,6 @@ def _restore(
     }
     if isinstance(optimizer, torch.optim.AdamW | GuardedOptimizer):
         state["step"] = stored["step"].reshape(()).float().clone().to(parameter.device)
-    else:  # apex's and DeepSpeed's count per group, on the host
-        group["step"] = int(stored["step"])
+    else:  # apex's count per group, DeepSpeed's also per parameter, on the host
+        group["step"] = state["step"] = int(stored["step"])
     optimizer.state[parameter] = state

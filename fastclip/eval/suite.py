@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fastclip.data.shards import expand_shards
 from fastclip.eval.evaluator import Evaluator
 from fastclip.eval.retrieval import RECALL_HEADS, RetrievalTask, recall_cells, retrieval
 from fastclip.eval.table import columns
-from fastclip.eval.zero_shot import ZeroShotTask, zero_shot
+from fastclip.eval.zero_shot import ZeroShotTask, load_classes, zero_shot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,23 @@ class EvalConfig:
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
                 raise ValueError(f"eval.{kind} has two tasks named {', '.join(repeated)}")
+
+
+def check_tasks(config: EvalConfig) -> None:
+    """Find before training what an evaluation at its end would lack, on this machine.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no such shards, or the classes are not read.
+    """
+    for kind, tasks in (("zero_shot", config.zero_shot), ("retrieval", config.retrieval)):
+        for task in tasks:
+            try:
+                if "://" not in task.shards:
+                    expand_shards(task.shards)
+                if isinstance(task, ZeroShotTask):
+                    load_classes(task.classes)
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"eval.{kind}, task {task.name}: {error}") from None
 
 
 def run_suite(evaluator: Evaluator, config: EvalConfig) -> dict[str, float]:

@@ -210,7 +210,7 @@ def checkpoints_of(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: it is neither.
     """
-    from fastclip.checkpoint import complete_checkpoints
+    from fastclip.checkpoint_folder import complete_checkpoints
     from fastclip.evaluate import find_checkpoint
 
     names = complete_checkpoints(path / "checkpoints")

@@ -105,7 +105,8 @@ def init_from(model: Clip, path: str | Path, *, allow_torchscript: bool = False)
     """Start `model` from trained weights in any layout.
 
     A model for another image size gets the positional embedding of its patches resampled (bicubic,
-    anti-aliased, as open_clip does); everything else must fit exactly.
+    anti-aliased, as open_clip does), and a logit bias is left out or begun with as the model has
+    it; everything else must fit exactly.
 
     Raises:
         ValueError: tensors are missing, left over or of another shape, or the weights were trained
@@ -126,10 +127,24 @@ def init_from(model: Clip, path: str | Path, *, allow_torchscript: bool = False)
     for name in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
         if name in wanted and name in state_dict:
             state_dict[name] = resample_positions(state_dict[name], wanted[name].shape[0])
+    _settle_logit_bias(state_dict, wanted, path)
     problems = _differences(state_dict, wanted)
     if problems:
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state_dict)
+
+
+def _settle_logit_bias(
+    state_dict: dict[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """The sigmoid loss's bias is no part of the towers: weights of either loss start the other."""
+    name = "logit_bias"
+    if name in wanted and name not in state_dict:
+        logger.info("%s has no logit_bias: the model's own is taken", path)
+        state_dict[name] = wanted[name]
+    elif name in state_dict and name not in wanted:
+        logger.info("%s has a logit_bias, which the model does without", path)
+        del state_dict[name]
 
 
 def resample_positions(embedding: Tensor, positions: int) -> Tensor:

@@ -95,13 +95,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate", "eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} is positive, not {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is in [0, 1), not {getattr(self, name)}")
         for name in ("weight_decay", "visual_lr_scale", "text_lr_scale", "warmup_steps"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} is not negative, but {getattr(self, name)}")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"optim.final_lr_fraction is in [0, 1], not {self.final_lr_fraction}")

@@ -120,6 +120,7 @@ def _write(runtime, places: list[Place], directory: Path) -> dict[str, torch.Ten
             engine,
             runtime,
             step=BEFORE,
+            pairs=0,
             loader_state={},
             model_config={},
             keep=1,
