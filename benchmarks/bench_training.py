@@ -121,7 +121,7 @@ def prepare(case: Case, steps: int, data: Path, device: torch.device, folder: Pa
         f"run.global_batch_size={case.batch}", f"run.steps={steps}", f"run.seed={case.seed}",
         f"run.device={device.type}", f"engine.precision={case.precision}",
         f"optim.learning_rate={case.learning_rate}", f"optim.warmup_steps={skipped_steps(steps)}",
-        f"data.workers={case.workers}", f"data.prefetch_batches={2 * case.workers}",
+        f"data.workers={case.workers}",
         f"data.tokenizer={'native' if native else 'python'}",
     ]  # fmt: skip
     if case.model != OWN_MODEL:

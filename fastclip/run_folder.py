@@ -15,9 +15,10 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def alone_in(directory: str | Path, runtime: Runtime) -> Iterator[None]:
-    """Hold a run's folder, which is made, while the block runs; the lock ends with the process.
+    """Hold a run's folder while the block runs; the lock ends with the process. Collective.
 
-    On file systems without locks nothing is checked. Collective.
+    The folder is made, and taken away again if nothing is written into it. On file systems without
+    locks nothing is checked.
 
     Raises:
         ValueError: another process holds it, on every rank.
@@ -25,6 +26,8 @@ def alone_in(directory: str | Path, runtime: Runtime) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         problem = None
         if runtime.is_main:
+            if not Path(directory).exists():
+                held.callback(_remove_unused, Path(directory))
             Path(directory).mkdir(parents=True, exist_ok=True)
             file = held.enter_context((Path(directory) / _LOCK).open("a"))
             try:
@@ -40,6 +43,12 @@ def alone_in(directory: str | Path, runtime: Runtime) -> Iterator[None]:
         if problem is not None:
             raise ValueError(problem)
         yield
+
+
+def _remove_unused(directory: Path) -> None:
+    if [path.name for path in directory.iterdir()] == [_LOCK]:
+        (directory / _LOCK).unlink()
+        directory.rmdir()
 
 
 def check_fresh(directory: Path, what: str, runtime: Runtime) -> None:

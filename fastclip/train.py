@@ -218,8 +218,7 @@ class _Checks:
 
     def __init__(self, run: Run, stop: _StopRequest) -> None:
         self._run, self._stop = run, stop
-        self._step, self._begin = run.step, time.monotonic()
-        self._every = run.config.run.log_every_steps
+        self._step, self._begin, self._every = run.step, time.monotonic(), 1
 
     def __call__(self, on_log_step: bool) -> tuple[bool, bool]:
         """Whether one rank was asked to stop; whether, on a log step, it is time to save."""

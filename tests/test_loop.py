@@ -94,7 +94,7 @@ def test_missing_evaluation_data_stop_a_run_before_it_trains(
     task = [{"name": "names", "shards": str(data), "classes": str(tmp_path / "gone.json")}]
     assert _train(data, run, f"eval.zero_shot={json.dumps(task)}") == 1
     assert "eval.zero_shot, task names: " in capsys.readouterr().err
-    assert not (run / "metrics.jsonl").exists()
+    assert not run.exists()
 
 
 def test_what_was_trained_is_saved_before_an_evaluation_that_fails(
@@ -254,10 +254,9 @@ def test_a_second_signal_later_ends_at_once(
 def test_a_stop_does_not_wait_for_a_rare_log_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once it is known how long steps take; before, log steps count."""
     monkeypatch.setattr(train, "_SECONDS_BETWEEN_CHECKS", 0.0)
     _after_step(monkeypatch, 8, _terminate)
-    options = ("run.log_every_steps=6", "run.steps=40", "run.checkpoint_every_steps=none")
+    options = ("run.log_every_steps=30", "run.steps=40", "run.checkpoint_every_steps=none")
     assert _train(data, tmp_path / "run", *options) == cli.EXIT_STOPPED
     assert _saved(tmp_path / "run") == [8]
 

@@ -71,8 +71,8 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> States:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {k: v for k, v in optimizer.state.get(parameter, {}).items() if v is not None}
-            if state and "step" not in state and "step" in group:  # some count per group
-                state["step"] = torch.tensor(float(group["step"]))
+            if state and "step" in group:  # apex counts there, DeepSpeed begins from there
+                state["step"] = torch.tensor(max(float(group["step"]), float(state.get("step", 0))))
             found[names[parameter]] = {k: torch.as_tensor(v) for k, v in state.items()}
     # An update is made of all parameters or of none. (DeepSpeed's FusedAdam counts it in the last
     # parameter of a group alone.)

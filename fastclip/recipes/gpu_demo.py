@@ -28,7 +28,7 @@ def gpu_demo(data: str) -> TrainConfig:
     return dataclasses.replace(
         base,
         model=MODEL,
-        data=dataclasses.replace(base.data, workers=8, prefetch_batches=8),
+        data=dataclasses.replace(base.data, workers="auto"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=40),
         engine=EngineConfig(zero_stage=0, precision="bf16", gradient_clipping=1.0),
         eval=EvalConfig(zero_shot=tasks, batch_size=1024, workers=8),

@@ -21,11 +21,11 @@ class CountsInState(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         del closure
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            group.setdefault("step", 0)
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = group.get("step", 0) - 1
+                    state["step"] = group["step"]
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
@@ -39,5 +39,7 @@ def test_counts_are_restored_in_groups_and_in_states(tmp_path: Path) -> None:
     whole_state.save(tmp_path, model, first)
     whole_state.load(tmp_path, model, second)
     second.step()
-    assert second.param_groups[0]["step"] == 4
+    assert second.param_groups[0]["step"] == 3
     assert [state["step"] for state in second.state.values()] == [4, 4]
+    found = whole_state.states(model, second)
+    assert [float(state["step"]) for state in found.values()] == [4.0, 4.0]
