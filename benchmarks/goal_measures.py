@@ -10,7 +10,7 @@ from typing import NamedTuple
 from benchmarks import bench_step
 from benchmarks.cases import Case
 from benchmarks.check_kernels import CAPS
-from benchmarks.rows import Row, beside, newest
+from benchmarks.rows import Row, beside, matches, newest
 from benchmarks.steps import StepCase
 from fastclip.flops import peak_flops_by_name
 
@@ -74,7 +74,8 @@ def over_exact_peers(case: Case) -> Measure:
         exact = {
             row["provider"]
             for row in everything
-            if not row["provider"].startswith("fastclip")
+            if matches(row, asdict(case))
+            and not row["provider"].startswith("fastclip")
             and row["provider"] != _NO_PEER
             and row["gradient_error"]
             and float(row["gradient_error"]) <= CAPS[case.dtype]
@@ -127,12 +128,13 @@ def guard_cost(case: StepCase) -> Measure:
     return measure
 
 
-def beside_open_clips_training(column: str, *, relative: bool) -> Measure:
+def beside_open_clips_training(column: str, model: str, batch: int, *, relative: bool) -> Measure:
     """A mean over the seeds of whole trainings beside open_clip's: their ratio, or points more."""
+    ours_are = {"provider": "fastclip", "error": "", "model": model, "batch": batch}
 
     def measure(rows: Rows) -> list[Figure]:
         figures = []
-        for row in newest(rows("training"), {"provider": "fastclip", "error": ""}):
+        for row in newest(rows("training"), ours_are):
             case = {name: row[name] for name in ("pairs", "model", "precision", "batch", "epochs")}
             means = []
             for provider in ("fastclip", "open_clip"):

@@ -154,6 +154,28 @@ PARTS = (
         by_default=False,
         stamped=True,
     ),
+    # Whether its step ever waits for data.
+    Part(
+        "training_b32",
+        (
+            (
+                *_bench("training"),
+                "--cases",
+                "gpu",
+                "--model",
+                "ViT-B-32",
+                "--batches",
+                "1024",
+                "--epochs",
+                "5",
+                "--seeds",
+                "1",
+            ),
+        ),
+        LONGEST,
+        by_default=False,
+        stamped=True,
+    ),
     Part("interpreter_tests", ((*_PYTEST, "-q", "tests/kernels"),), 300, by_default=False),
     *(
         Part(

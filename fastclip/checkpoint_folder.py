@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastclip.data.rewriting import write_text
-from fastclip.distributed.collectives import barrier
+from fastclip.distributed.collectives import barrier, broadcast_object
 from fastclip.distributed.runtime import Runtime
 
 logger = logging.getLogger("fastclip")
@@ -55,24 +56,42 @@ def make_way(directory: Path, tag: str) -> None:
             _rename(directory, later, "superseded")
 
 
-def set_aside(directory: Path, tag: str, runtime: Runtime) -> None:
-    """Keep a checkpoint under a name that nothing resumes from, and go back to the one before it.
+def set_aside(directory: Path, tag: str, runtime: Runtime) -> Path:
+    """Keep a checkpoint under a name that nothing resumes from. Collective.
 
-    Collective.
+    Returns:
+        The new name, for `put_back`.
     """
+    kept = None
     if runtime.is_main:
         shutil.rmtree(directory / f"{tag}-universal", ignore_errors=True)
-        _rename(directory, tag, "diverged")
-        for before in complete_checkpoints(directory)[-1:]:
-            write_text(directory / "latest", before + "\n")
+        kept = _rename(directory, tag, "diverged")
+        _point_at_newest(directory)
+    return broadcast_object(kept)
+
+
+def put_back(paths: Sequence[Path], runtime: Runtime) -> None:
+    """Undo `set_aside`. Collective."""
+    if runtime.is_main:
+        for path in paths:
+            found = _STEP_NAME.search(path.name)
+            assert found is not None
+            os.replace(path, path.with_name(found[0]))
+            _point_at_newest(path.parent)
     barrier()
 
 
-def _rename(directory: Path, tag: str, reason: str) -> None:
+def _point_at_newest(directory: Path) -> None:
+    for newest in complete_checkpoints(directory)[-1:]:
+        write_text(directory / "latest", newest + "\n")
+
+
+def _rename(directory: Path, tag: str, reason: str) -> Path:
     aside = (directory / f".{reason}-{tag}-{n}" for n in itertools.count(1))
     kept = next(path for path in aside if not path.exists())
     os.replace(directory / tag, kept)
     logger.warning("%s is kept as %s, and nothing reads it again", directory / tag, kept.name)
+    return kept
 
 
 def prune(directory: Path, keep: int | None) -> None:

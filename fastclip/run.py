@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -187,7 +188,9 @@ class Run:
         wanted = run.epochs * self.loader.samples_per_epoch
         if self.pairs == self.step * run.global_batch_size:
             return max(1, round(wanted / run.global_batch_size))
-        return self.step + max(0, round((wanted - self.pairs) / run.global_batch_size))
+        left = (wanted - self.pairs) / run.global_batch_size
+        # Halves go up: rounded to even, the sum would depend on where one has stopped.
+        return self.step + max(0, math.floor(left + 0.5))
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go back to."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastclip.distributed.collectives import broadcast_object
 from fastclip.distributed.runtime import Runtime
+
+logger = logging.getLogger("fastclip")
 
 _LOCK = ".lock"
 
@@ -21,28 +24,38 @@ def alone_in(directory: str | Path, runtime: Runtime) -> Iterator[None]:
     locks nothing is checked.
 
     Raises:
-        ValueError: another process holds it, on every rank.
+        ValueError: another process holds it, or it cannot be written; on every rank.
     """
     with contextlib.ExitStack() as held:
         problem = None
         if runtime.is_main:
-            if not Path(directory).exists():
-                held.callback(_remove_unused, Path(directory))
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((Path(directory) / _LOCK).open("a"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _hold(Path(directory), held)
             except BlockingIOError:
                 problem = (
                     f"another process trains in {directory}: wait for its end, or choose another "
                     "run.directory (a killed launcher may have left its ranks behind)"
                 )
-            except OSError:
-                pass
+            except OSError as error:
+                problem = f"run.directory={directory} cannot be written: {error.strerror}"
         problem = broadcast_object(problem)
         if problem is not None:
             raise ValueError(problem)
         yield
+
+
+def _hold(directory: Path, held: contextlib.ExitStack) -> None:
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    if new:
+        held.callback(_remove_unused, directory)
+    file = held.enter_context((directory / _LOCK).open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # a file system without locks
+        logger.info("%s is not locked: %s", directory, error.strerror)
 
 
 def _remove_unused(directory: Path) -> None:

@@ -6,11 +6,12 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastclip.checkpoint import save_checkpoint
-from fastclip.checkpoint_folder import set_aside
+from fastclip.checkpoint_folder import complete_checkpoints, put_back, set_aside
 from fastclip.config import TrainConfig, to_dict
 from fastclip.distributed.collectives import all_gather_integers, any_rank
 from fastclip.distributed.runtime import Runtime, initialise, shutdown
@@ -37,7 +38,7 @@ class TrainResult:
     """Optimiser steps done, over all launches of this run."""
 
     finished: bool
-    """False when a signal stopped the run early (what can be resumed is saved)."""
+    """False when a signal stopped the run early (its state is saved)."""
 
     metrics: dict[str, float]
     """The last evaluation, empty if there was none."""
@@ -62,7 +63,12 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainResult:
-    """A run, begun anew from its newest checkpoint where it diverges."""
+    """A run, begun anew from its newest checkpoint where it diverges.
+
+    A checkpoint from which nothing is learnt is passed over for the one before it; if nothing is
+    learnt from that either, they are not the reason, and are all left.
+    """
+    aside: list[Path] = []
     run = Run(config, runtime)
     for rollbacks_left in range(config.run.max_rollbacks, -1, -1):
         try:
@@ -72,13 +78,17 @@ def _train(config: TrainConfig, runtime: Runtime, stop: _StopRequest) -> TrainRe
             run.log.end({})
             run.close()
             # Every rank has counted the same steps, and sees the same files.
-            if not rollbacks_left or not config.run.resume:
+            useless = run.resumed_from if run.nothing_learnt() else None
+            last_try = not rollbacks_left or not config.run.resume or not run.has_checkpoint()
+            if last_try or (useless and len(complete_checkpoints(run.checkpoints)) == 1):
+                if useless:
+                    put_back(aside, runtime)
                 raise
-            if run.resumed_from is not None and run.nothing_learnt():
-                logger.warning("%s: not one good update has followed it", run.resumed_from)
-                set_aside(run.checkpoints, run.resumed_from, runtime)
-            if not run.has_checkpoint():
-                raise
+            if useless:
+                logger.warning("%s: not one good update has followed it", useless)
+                aside.append(set_aside(run.checkpoints, useless, runtime))
+            else:
+                aside.clear()
             logger.warning("%s; going back to the newest checkpoint", error)
             run = Run(config, runtime)
             # What made it diverge may be in the data since the checkpoint: they are not seen again.
@@ -91,7 +101,7 @@ def _loop(run: Run, stop: _StopRequest) -> TrainResult:
     settings = run.config.run
     metrics: dict[str, float] = {}
     checks = _Checks(run, stop)
-    due = False
+    due = stopping = False
     run.log.start(run.describe())
     if run.step and _evaluation_due(run) and not any_rank(run.log.has_evaluation(run.step)):
         metrics = _evaluate(run)  # the launch before has ended between checkpoint and evaluation
@@ -105,13 +115,16 @@ def _loop(run: Run, stop: _StopRequest) -> TrainResult:
         if on_log_step:
             _log_step(run, result, learning_rate)
         asked_to_stop, time_to_save = checks(on_log_step)
-        if asked_to_stop and not last:  # what is left then is soon done
-            return _stop(run, metrics)
-        # Amid bad steps nothing is saved, but after them: one could not go back to before them.
+        stopping = stopping or asked_to_stop
         due = due or time_to_save or _due(run.step, settings.checkpoint_every_steps)
-        if last or (due and run.engine.guard.skipped_in_a_row() == 0):
+        # Amid bad steps nothing is saved, but after them: one could not go back to before them.
+        if last or ((due or stopping) and run.engine.guard.skipped_in_a_row() == 0):
             _save(run)
             due = False
+            if stopping and not last:  # what is left then is soon done
+                return _stopped(run, metrics)
+        elif stopping:
+            run.engine.raise_if_diverged()
         if _evaluation_due(run):
             metrics = _evaluate(run)
     return _end(run, finished=True, metrics=metrics)
@@ -183,18 +196,12 @@ def _save(run: Run) -> None:
     run.saved_at = time.monotonic()
 
 
-def _stop(run: Run, metrics: dict[str, float]) -> TrainResult:
-    where = "here"
-    if run.engine.guard.skipped_in_a_row() == 0:
-        _save(run)
-    else:  # one could not go back to before them
-        where = "the checkpoint before: the newest updates were skipped, and are not saved"
+def _stopped(run: Run, metrics: dict[str, float]) -> TrainResult:
     if run.runtime.is_main:
         logger.warning(
-            "stopped by a signal at step %d of %d; the same command continues from %s",
+            "stopped by a signal at step %d of %d; the same command continues from here",
             run.step,
             run.total_steps,
-            where,
         )
     return _end(run, finished=False, metrics=metrics)
 

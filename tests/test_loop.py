@@ -130,15 +130,14 @@ def test_an_evaluation_that_a_signal_has_kept_off_is_made_later(
     assert _evaluated(run) == [2, 4, 6]
 
 
-def test_a_signal_amid_skipped_updates_saves_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_signal_amid_skipped_updates_waits_for_a_good_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    _pretend_skipped(monkeypatch, 5)
-    _after_step(monkeypatch, 5, _terminate)
-    assert _train(data, run) == cli.EXIT_STOPPED
-    assert _saved(run) == [2, 4]
-    assert "the same command continues from the checkpoint before" in capsys.readouterr().err
+    _pretend_skipped(monkeypatch, 3, 4)
+    _after_step(monkeypatch, 3, _terminate)
+    assert _train(data, run, "run.checkpoint_every_steps=none") == cli.EXIT_STOPPED
+    assert _saved(run) == [5]
 
 
 def test_a_checkpoint_that_falls_on_a_skipped_update_comes_after_it(
@@ -171,8 +170,18 @@ def test_a_checkpoint_of_a_broken_model_is_passed_over(
     assert _train(data, run, "engine.max_skipped_steps=2", "run.steps=8") == 0
     assert f"{step_tag(4)}: not one good update has followed it" in capsys.readouterr().err
     assert (run / "checkpoints" / f".diverged-{step_tag(4)}-1").is_dir()
+    assert (run / "checkpoints" / "latest").read_text() == f"{step_tag(8)}\n"
     assert _saved(run) == [2, 4, 6, 8]
     assert all(row["update_applied"] for row in _rows(run))
+
+
+def test_settings_that_let_nothing_be_learnt_cost_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _train(data, run, "run.steps=4") == 0
+    overflow = ("engine.precision=fp16", "engine.initial_loss_scale=1e38")
+    assert _train(data, run, *overflow, "engine.max_skipped_steps=2", "run.steps=8") == 1
+    assert _saved(run) == [2, 4]
+    assert (run / "checkpoints" / "latest").read_text() == f"{step_tag(4)}\n"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,28 @@ def test_epochs_are_of_pairs_whatever_the_batches(
     assert _train(data, run, *options, f"run.global_batch_size={batch}") == 0
     assert _rows(run)[-1]["step"] == steps
     assert _rows(run)[-1]["epoch"] == 3.0
+
+
+def test_halves_of_a_batch_do_not_depend_on_where_one_has_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """72 pairs: 32 in batches of 8, and 2.5 batches of 16."""
+    run = tmp_path / "run"
+    for batch, stop in ((8, 4), (16, 5)):
+        with monkeypatch.context() as patch:
+            _after_step(patch, stop, _terminate)
+            options = ("run.steps=none", "run.epochs=3", f"run.global_batch_size={batch}")
+            assert _train(data, run, *options) == cli.EXIT_STOPPED
+    assert _train(data, run, *options) == 0
+    assert _rows(run)[-1]["step"] == 7
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert _train(data, tmp_path / "file" / "run") == 1
+    assert "file/run cannot be written: Not a directory" in capsys.readouterr().err
 
 
 def test_a_run_that_has_nothing_left_to_do_says_so(

@@ -28,7 +28,8 @@ class DataConfig:
 
     workers: int | Literal["auto"] = "auto"
     """Threads on each rank that read and decode, a few rows of a batch at a time. auto: the cores
-    that this process may use, shared among the ranks of the machine, less one; 16 at most."""
+    that this process may use, shared among the ranks of the machine, less one; 16 at most. (Where a
+    launcher binds each rank to cores of its own, say how many.)"""
 
     prefetch_batches: int = 4
     """Batches prepared ahead."""
