@@ -166,7 +166,7 @@ def _load_open_clip(
 
         paths = [str(path) for path in sorted(shards.glob("*.tar"))] * passes
         while True:
-            data = webdataset.WebDataset(paths, shardshuffle=100, nodesplitter=None)
+            data = webdataset.WebDataset(paths, shardshuffle=100)
             data = data.shuffle(500).map(pair).batched(batch_size, partial=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
