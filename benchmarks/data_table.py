@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-Row = Mapping[str, str]
+from benchmarks.rows import Row, stamp
+
 OURS = "fastclip"
 PARTS = {
     "decode": "JPEG to the 224 × 224 pixels of a crop (one core, processor time)",
@@ -48,7 +49,7 @@ def _table(
     ours = {case: rows[OURS, case] for case in cases}
     rates = " | ".join(shown(float(row["per_second"])) for row in ours.values())
     lines = [
-        f"{title}, then how many times it is each other's rate. {_stamp(ours[cases[0]])}",
+        f"{title}, then how many times it is each other's rate. {stamp(ours[cases[0]], 'python')}.",
         "",
         f"| | {' | '.join(head(case, row) for case, row in ours.items())} |",
         "|---|" + "---:|" * len(cases),
@@ -89,8 +90,3 @@ def _phrases(rows: Sequence[Row]) -> str:
         lambda corpus, row: f"{corpus}, {float(row['bytes']):.0f} B",
         lambda rate: f"{rate / 1e6:.2f} M/s",
     )
-
-
-def _stamp(row: Row) -> str:
-    commit = row["commit"][:10] + ("+" if row["dirty"] == "True" else "")
-    return f"{row['device']}, Python {row['python']}, commit {commit}, {row['date'][:10]}."

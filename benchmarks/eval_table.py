@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-Row = Mapping[str, str]
-OURS = "fastclip"
+from benchmarks.rows import Row, beside, stamp
 
-_SAME_RUN = ("device", "commit", "dirty")
+OURS = "fastclip"
 
 
 def section(search: Sequence[Row], probe: Sequence[Row]) -> str:
@@ -64,10 +63,11 @@ def _tables(
             newest[(row["device"], *(row[name] for name in case))] = row
     tables = []
     for ours in newest.values():
-        same = [row for row in rows if all(row[name] == ours[name] for name in (*_SAME_RUN, *case))]
+        same = beside(rows, ours, {name: ours[name] for name in case})
         peers = {row["provider"]: row for row in same if row["provider"] != OURS}
         lines = [
-            f"{head(ours)}: ours, then how many times that is each other's time. {_stamp(ours)}",
+            f"{head(ours)}: ours, then how many times that is each other's time. "
+            f"{stamp(ours, 'python', 'torch')}.",
             "",
             f"| | time | {' | '.join(columns)} |",
             "|---|---:|" + "---:|" * len(columns),
@@ -89,11 +89,3 @@ def _time(row: Row, ours: Row, shown: Callable[[float], str]) -> str:
 def _number(name: str, pattern: str, factor: float = 1.0) -> Callable[[Row], str]:
     """A column's cell as it is shown; "–" where a row has none."""
     return lambda row: pattern.format(float(row[name]) * factor) if row[name] else "–"
-
-
-def _stamp(row: Row) -> str:
-    commit = row["commit"][:10] + ("+" if row["dirty"] == "True" else "")
-    return (
-        f"{row['device']}, Python {row['python']}, torch {row['torch']}, commit {commit}, "
-        f"{row['date'][:10]}."
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.cases import CONTRASTIVE_SETS, SIGMOID_SETS, Case
@@ -56,7 +56,7 @@ def _cells(row: Row, ours: Row | None) -> str:
     return f"{median:.3g} | {over} | {peak} | {tflops:.0f} | {share} | {error}"
 
 
-def _over(row: Mapping[str, str], ours: Row | None) -> float | None:
+def _over(row: Row, ours: Row | None) -> float | None:
     """Its time over ours, if both are of one commit."""
     if ours is None or not ours["median_ms"] or row["commit"] != ours["commit"]:
         return None

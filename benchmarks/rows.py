@@ -29,11 +29,16 @@ def beside(rows: Sequence[Row], row: Row, cells: Mapping[str, object]) -> list[R
     return [other for other in rows if matches(other, wanted)]
 
 
-def stamp(row: Row) -> str:
-    """What a row was measured on; a + marks files that differ from the commit."""
+def stamp(row: Row, *versions: str) -> str:
+    """What a row was measured on; a + marks files that differ from the commit.
+
+    Args:
+        versions: which of python, torch, triton; default: the last two.
+    """
     commit = row["commit"][:10] + ("+" if row["dirty"] == "True" else "")
-    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton") if row[name])
-    return f"{row['device']}, {versions}, commit {commit}, {row['date'][:10]}"
+    names = {"python": "Python", "torch": "torch", "triton": "triton"}
+    shown = [f"{names[name]} {row[name]}" for name in versions or ("torch", "triton") if row[name]]
+    return ", ".join([row["device"], *shown, f"commit {commit}", row["date"][:10]])
 
 
 def _value(text: str) -> float | str:

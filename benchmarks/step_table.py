@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 
+from benchmarks.rows import Row, stamp
 from benchmarks.steps import StepCase
 
-Row = Mapping[str, str]
 OURS = "fastclip"
 
 
@@ -26,15 +26,13 @@ def section(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> str:
     providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != OURS]
     first = rows[0]
-    commit = first["commit"][:10] + ("+" if first["dirty"] == "True" else "")
     versions = {row["provider"]: row["version"] for row in rows}
     heads = [name if name.startswith(OURS) else f"{name} {versions[name]}" for name in providers]
     lines = [
         "Training steps (or a tower's forward and backward): ours in pairs a second, then how many "
         "times it is each other way's rate. `padded` and `all-rows` are ours without one of the "
         "savings each, `unguarded` without the gradient's norm and check, `zero-0` and `zero-1` "
-        f"under DeepSpeed instead of the plain engine. {first['device']}, torch {first['torch']}, "
-        f"commit {commit}, {first['date'][:10]}.",
+        f"under DeepSpeed instead of the plain engine. {stamp(first, 'torch')}.",
         "",
         "| | fastclip | " + " | ".join(heads) + " |",
         "|---|" + "---:|" * (1 + len(providers)),

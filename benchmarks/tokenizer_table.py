@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.captions import CORPORA
+from benchmarks.rows import Row, stamp
 
-Row = Mapping[str, str]
 OURS = "fastclip"
 
 
@@ -27,14 +27,12 @@ def _table(rows: Mapping[tuple[str, str], Row], threads: int) -> str:
     ours = {corpus: rows[OURS, corpus] for corpus in CORPORA if (OURS, corpus) in rows}
     any_row = next(iter(ours.values()))
     clock = "one thread, processor time" if threads == 1 else f"{threads} threads, elapsed time"
-    commit = any_row["commit"][:10] + ("+" if any_row["dirty"] == "True" else "")
     heads = " | ".join(f"{corpus}, {float(row['bytes']):.0f} B" for corpus, row in ours.items())
     rates = " | ".join(f"{float(row['per_second']) / 1e6:.2f} M/s" for row in ours.values())
     lines = [
         f"Tokenizers, {clock}: ours in captions a second, then how many times it is each other's "
         f"rate (and the share of rows in which that one's ids are not CLIP's). "
-        f"{any_row['device']}, Python {any_row['python']}, commit {commit}, "
-        f"{any_row['date'][:10]}.",
+        f"{stamp(any_row, 'python')}.",
         "",
         f"| | {heads} |",
         "|---|" + "---:|" * len(ours),
